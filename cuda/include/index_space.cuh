@@ -1,0 +1,50 @@
+// An index space of up to eight dimensions, and where its elements lie in several arrays with strides of their own.
+//
+// The host drops dimensions of size 1 and merges neighbours that are one step in every array
+// (rawkern/launchers/index_space.py), so that nearly every space has one or two dimensions here.
+#pragma once
+#include "element.cuh"
+
+namespace rawkern {
+
+constexpr int kMaxDims = 8;
+
+// a / b for a >= 0, b > 0. Division of 64-bit numbers is a long routine on a GPU, and most numbers are small.
+__device__ inline int64 divide(int64 a, int64 b) {
+  return ((a | b) >> 32) == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+}
+
+// Neighbours in memory that are loaded and stored as one, 16 bytes at most at a time.
+template <class T, int kCount>
+struct __align__(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Packed {
+  T value[kCount];
+};
+
+template <int kArrays>
+struct IndexSpace {
+  int64 sizes[kMaxDims];
+  int64 strides[kArrays][kMaxDims];  // in elements
+  int64 count;                       // the product of the sizes
+  int dims;                          // at least 1
+  int unused;
+
+  // Where the element with this number, counted in row-major order, lies in each array.
+  __device__ void locate(int64 index, int64 (&offset)[kArrays]) const {
+#pragma unroll
+    for (int array = 0; array < kArrays; ++array) offset[array] = 0;
+#pragma unroll 1
+    for (int dim = dims - 1; dim > 0; --dim) {
+      int64 outer = divide(index, sizes[dim]), place = index - outer * sizes[dim];
+#pragma unroll
+      for (int array = 0; array < kArrays; ++array) offset[array] += place * strides[array][dim];
+      index = outer;
+    }
+#pragma unroll
+    for (int array = 0; array < kArrays; ++array) offset[array] += index * strides[array][0];
+  }
+
+  // Distance of neighbours along the last dimension.
+  __device__ int64 step(int array) const { return strides[array][dims - 1]; }
+};
+
+}  // namespace rawkern

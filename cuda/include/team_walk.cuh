@@ -1,0 +1,126 @@
+// How threads walk the rows of a tensor (N, C, *): a row is one channel of one image, `spatial` elements long.
+//
+// A row is cut into slots, and one team of `lanes` neighbouring threads (a power of two, at most a warp) walks a slot,
+// so that few long rows fill the machine as well as many short ones. In contiguous memory a row is one piece, and the
+// lanes of a team read neighbouring elements (16 bytes a lane where `vector` says that everything is aligned). In
+// channels-last memory the elements of a row lie `channels` apart and neighbouring rows are neighbours in memory, so
+// the teams of a warp are interleaved: neighbouring threads walk neighbouring rows.
+//
+// A walk hands over batches of several loads per array, so that enough loads are under way at once.
+#pragma once
+#include "element.cuh"
+
+namespace rawkern {
+
+struct Rows {
+  int64 rows;
+  int64 spatial;      // elements of a row
+  int64 slots;        // of a row
+  int64 slot_length;  // elements of a slot
+  int64 channels;
+  int lanes;
+  int channels_last;
+  int vector;
+  int unused;  // fills the struct up to a multiple of 8 bytes
+};
+
+// a / b for a >= 0, b > 0. Division of 64-bit numbers is a long routine on a GPU, and most numbers are small.
+__device__ inline int64 quotient(int64 a, int64 b) {
+  return ((a | b) >> 32) == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+}
+
+// Values that are loaded and stored as one.
+template <class T, int kCount>
+struct __align__(sizeof(T) * kCount) Pack {
+  T value[kCount];
+};
+
+// One thread's part of a slot.
+struct Stretch {
+  int64 row, slot;
+  int64 image, channel;  // of the row
+  int64 begin, end;      // positions in the row: begin + (its place in the team), ... below end
+  int64 origin, step;    // element p of the row is at origin + p * step
+  int place;             // in the team
+  int team_stride;       // distance in lanes between members of a team
+  bool exists;           // whether there is such a row
+
+  template <int kThreads>
+  __device__ static Stretch of_thread(const Rows& rows) {
+    Stretch s;
+    int lane = threadIdx.x % kWarp, teams = kWarp / rows.lanes;
+    int64 warp = linear_block() * (kThreads / kWarp) + threadIdx.x / kWarp;
+    int64 bundle = quotient(warp, rows.slots);
+    s.slot = warp - bundle * rows.slots;
+    s.place = rows.channels_last ? lane / teams : lane % rows.lanes;
+    s.team_stride = rows.channels_last ? teams : 1;
+    s.row = bundle * teams + (rows.channels_last ? lane % teams : lane / rows.lanes);
+    s.exists = s.row < rows.rows;
+    s.image = quotient(s.row, rows.channels);
+    s.channel = s.row - s.image * rows.channels;
+    s.step = rows.channels_last ? rows.channels : 1;
+    s.origin = rows.channels_last ? s.image * rows.channels * rows.spatial + s.channel : s.row * rows.spatial;
+    s.begin = s.slot * rows.slot_length;
+    s.end = s.begin + rows.slot_length;
+    if (s.end > rows.spatial) s.end = rows.spatial;
+    if (!s.exists) s.end = s.begin;
+    return s;
+  }
+
+  // Sum over the team, in the same order every time; every member gets it. All threads of the warp must call.
+  template <class A>
+  __device__ A team_sum(const Rows& rows, A value) const {
+    for (int distance = rows.lanes / 2; distance > 0; distance /= 2)
+      value += __shfl_xor_sync(kFullMask, value, distance * team_stride);
+    return value;
+  }
+};
+
+// kLoads packs of kWidth values from each of kInputs arrays; the first `valid` packs exist.
+template <class T, int kWidth_, int kLoads_, int kInputs>
+struct Batch {
+  static constexpr int kWidth = kWidth_, kLoads = kLoads_;
+  Pack<T, kWidth> input[kInputs][kLoads];
+  int64 offset, stride;  // of the first pack, and from pack to pack
+  int valid;
+
+  __device__ Accumulator<T> get(int array, int load, int i) const {
+    return to_accumulator(input[array][load].value[i]);
+  }
+  __device__ void store(T* output, int load, const Pack<T, kWidth>& pack) const {
+    *reinterpret_cast<Pack<T, kWidth>*>(output + offset + load * stride) = pack;
+  }
+};
+
+template <class T, int kWidth, int kLoads, int kInputs, class Body>
+__device__ inline void walk_packs(const Rows& rows, const Stretch& s, const T* const (&input)[kInputs], Body& body) {
+  int64 stride = int64(rows.lanes) * kWidth;
+  for (int64 p = s.begin + s.place * kWidth; p < s.end; p += kLoads * stride) {
+    Batch<T, kWidth, kLoads, kInputs> batch;
+    batch.offset = s.origin + p * s.step;
+    batch.stride = stride * s.step;
+    int64 left = ceil_div(s.end - p, stride);
+    batch.valid = left < kLoads ? int(left) : kLoads;
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      if (load >= batch.valid) continue;
+#pragma unroll
+      for (int array = 0; array < kInputs; ++array)
+        batch.input[array][load] =
+            *reinterpret_cast<const Pack<T, kWidth>*>(input[array] + batch.offset + load * batch.stride);
+    }
+    body(batch);
+  }
+}
+
+// Calls body(batch) for all of the thread's elements; kBytes of every array are under way at once where it is aligned.
+template <int kBytes, class T, int kInputs, class Body>
+__device__ inline void walk(const Rows& rows, const Stretch& s, const T* const (&input)[kInputs], Body&& body) {
+  constexpr int kWidth = 16 / sizeof(T);
+  if (rows.vector)
+    walk_packs<T, kWidth, kBytes / 16>(rows, s, input, body);
+  else
+    walk_packs<T, 1, kBytes / 8>(rows, s, input, body);
+}
+
+}  // namespace rawkern

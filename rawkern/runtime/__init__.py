@@ -1,0 +1,40 @@
+"""Find, compile, cache, load and launch a kernel: a GPU through CuPy and the CPU emulator behind one interface."""
+
+from .arrays import (
+    CPP_TYPES,
+    Queue,
+    accumulator,
+    bfloat16,
+    check_out,
+    cpp_type,
+    describe,
+    device_of,
+    element_strides,
+    is_dense,
+    memory_order,
+    pointer,
+    queue_of,
+)
+from .errors import CacheError, CompileError, EmulatorError
+from .kernel import Kernel, params
+
+__all__ = [
+    "CPP_TYPES",
+    "CacheError",
+    "CompileError",
+    "EmulatorError",
+    "Kernel",
+    "Queue",
+    "accumulator",
+    "bfloat16",
+    "check_out",
+    "cpp_type",
+    "describe",
+    "device_of",
+    "element_strides",
+    "is_dense",
+    "memory_order",
+    "params",
+    "pointer",
+    "queue_of",
+]

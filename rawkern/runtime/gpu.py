@@ -1,0 +1,70 @@
+"""The GPU behind the runtime's interface: CuPy loads and launches what NVRTC compiled."""
+
+import cupy
+
+from . import nvrtc
+
+
+class Gpu:
+    """One NVIDIA GPU. Arrays are cupy.ndarray."""
+
+    name = "gpu"
+    xp = cupy
+
+    def __init__(self, index):
+        self.index = index
+        self._device = cupy.cuda.Device(index)
+        self._functions = {}
+        self.compute_capability = self._device.compute_capability
+        if int(self.compute_capability) < 80:
+            raise RuntimeError(
+                f"rawkern needs a GPU of compute capability 8.0 or later; cuda:{index} has {self.compute_capability}"
+            )
+        self.arch = nvrtc.arch_name(self.compute_capability)
+        self.multiprocessors = self._device.attributes["MultiProcessorCount"]
+
+    @staticmethod
+    def pointer(array):
+        return array.data.ptr
+
+    def empty(self, shape, dtype, stream=None):
+        """Memory of CuPy's pool that may be used in `stream` at once and be reused there when it is freed."""
+        with self._device:
+            if stream is None:
+                return cupy.empty(shape, dtype)
+            with cupy.cuda.ExternalStream(stream.ptr, self.index):
+                return cupy.empty(shape, dtype)
+
+    def assign(self, destination, source, stream=None):
+        """Copies `source` into `destination`, of the same shape and dtype."""
+        with self._device:
+            if stream is None:
+                destination[...] = source
+            else:
+                with cupy.cuda.ExternalStream(stream.ptr, self.index):
+                    destination[...] = source
+
+    def launch(self, kernel, grid, params, queue):
+        function = self._functions.get(kernel) or self._load(kernel)
+        if cupy.cuda.runtime.getDevice() == self.index:
+            function(grid, (kernel.threads, 1, 1), (params,), shared_mem=kernel.shared_bytes, stream=queue.stream)
+        else:
+            with self._device:
+                function(grid, (kernel.threads, 1, 1), (params,), shared_mem=kernel.shared_bytes, stream=queue.stream)
+
+    def _load(self, kernel):
+        with self._device:
+            module = cupy.RawModule(path=str(nvrtc.build(kernel, self.arch)))
+            raw = module.get_function(kernel.name)
+            if kernel.shared_bytes > 48 * 1024:
+                raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
+            self._functions[kernel] = raw.kernel
+        return raw.kernel
+
+
+_gpus = {}
+
+
+def gpu(index):
+    """The GPU with this index: one object per device, also when several threads ask for it at once."""
+    return _gpus.get(index) or _gpus.setdefault(index, Gpu(index))

@@ -1,0 +1,30 @@
+"""Fixtures that every test file shares: the device as a parameter, and compiled kernels in one place for the run."""
+
+import os
+
+import pytest
+import torch
+
+torch.manual_seed(0)
+
+
+def _has_gpu():
+    return torch.cuda.is_available() and os.environ.get("RAWKERN_TEST_DEVICE", "cuda") == "cuda"
+
+
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.skipif(not _has_gpu(), reason="no GPU here")),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The device under test: the emulator everywhere, and the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32(monkeypatch):
+    """torch's convolutions multiply float32 as float32, and so do ours; tests of TF32 ask for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
