@@ -1,0 +1,236 @@
+// A chain of pointwise functions over a dense tensor: value, gradients, and gradients of the gradients.
+//
+// What is computed for an element is a Body (Forward, Backward, DoubleBackward); how elements are handed to threads is
+//   Elementwise  a block takes kThreads * kUnroll neighbouring vectors of 16 bytes (single elements where memory is not
+//                aligned or ends), loads all of them, computes, stores. The channel of an element, which chooses the
+//                values of the chain's tensors, costs one 32-bit division per vector.
+//   Reducing     warps walk the tensor by channel (channel_walk.cuh) because gradients of the chain's tensors are
+//   summed
+//                on the way; ChannelTotals of channel_sum.cu adds up what the warps leave.
+// Each input is read and each output written once. Any NVIDIA GPU; bound by memory.
+#include "chain.cuh"
+#include "channel_walk.cuh"
+
+namespace rawkern {
+
+// inputs: x; outputs: the chain's value
+template <class T_, class Chain_>
+struct Forward {
+  using T = T_;
+  using A = Accumulator<T>;
+  using Chain = Chain_;
+  static constexpr int kInputs = 1, kOutputs = 1;
+  static constexpr bool kDirections = false;
+  __device__ static void apply(const A* in, A* out, A*, const typename Chain::template Operands<T>& o, const A*) {
+    out[0] = Chain::template value<T>(in[0], o);
+  }
+};
+
+// inputs: gradient of the value, x; outputs: gradient of x; sums: gradients of the tensors
+template <class T_, class Chain_>
+struct Backward {
+  using T = T_;
+  using A = Accumulator<T>;
+  using Chain = Chain_;
+  static constexpr int kInputs = 2, kOutputs = 1;
+  static constexpr bool kDirections = false;
+  __device__ static void apply(const A* in, A* out, A* sums, const typename Chain::template Operands<T>& o, const A*) {
+    out[0] = Chain::template backward<T>(in[0], in[1], o, sums);
+  }
+};
+
+// inputs: gradient of the value, x, gradient of Backward's gradient of x; directions: the same for the tensors;
+// outputs: gradients of the gradient of the value and of x; sums: gradients of the tensors
+template <class T_, class Chain_>
+struct DoubleBackward {
+  using T = T_;
+  using A = Accumulator<T>;
+  using Chain = Chain_;
+  static constexpr int kInputs = 3, kOutputs = 2;
+  static constexpr bool kDirections = true;
+  __device__ static void apply(const A* in, A* out, A* sums, const typename Chain::template Operands<T>& o,
+                               const A* dp) {
+    out[1] = Chain::template double_backward<T>(in[0], in[1], in[2], o, dp, sums, out[0]);
+  }
+};
+
+template <class Chain>
+struct PointwiseParams {
+  const void* inputs[3];  // null: zero
+  void* outputs[2];       // null: not wanted
+  double* partials;
+  typename Chain::Params chain;
+  const void* directions[Chain::kTensorSlots];  // null: zero
+  ChannelLayout layout;
+};
+
+// What a Body needs to know of one channel.
+template <class Body>
+struct ChannelValues {
+  using T = typename Body::T;
+  using A = Accumulator<T>;
+  using Chain = typename Body::Chain;
+  typename Chain::template Operands<T> operands;
+  A directions[Chain::kTensorSlots];
+
+  __device__ void load(const PointwiseParams<Chain>& params, int64 channel) {
+    operands.load_tensors(params.chain, channel);
+    if constexpr (Body::kDirections) {
+#pragma unroll
+      for (int i = 0; i < Chain::kTensorCount; ++i) {
+        const T* values = static_cast<const T*>(params.directions[i]);
+        directions[i] = values ? to_accumulator(values[channel * params.chain.strides[i]]) : A(0);
+      }
+    }
+  }
+};
+
+template <class Body>
+struct Elementwise {
+  using T = typename Body::T;
+  using A = Accumulator<T>;
+  using Chain = typename Body::Chain;
+  using Params = PointwiseParams<Chain>;
+  static constexpr int kThreads = 256, kMinBlocks = 2;
+  static constexpr int kWidth = 16 / int(sizeof(T)), kUnroll = Body::kInputs == 1 ? 4 : 2;
+  static constexpr int kBlockElements = kThreads * kWidth * kUnroll;
+  using V = Vector<T, kWidth>;
+
+  // Where the elements of a block lie among rows and channels.
+  struct Place {
+    int64 in_row, channel;
+    __device__ Place(const ChannelLayout& layout, int64 first) {
+      int64 row = first / layout.inner;
+      in_row = first - row * layout.inner;
+      channel = row % layout.channels;
+    }
+    // The channel of the block's element number `local`, and in `left` how many elements its row still has from there.
+    __device__ int64 find(const ChannelLayout& layout, int local, int64& left) const {
+      int64 position = in_row + local, passed = 0, result = channel;
+      if (position >= layout.inner) {
+        passed = layout.inner < kLarge ? unsigned(position) / unsigned(layout.inner) : 1;
+        result += passed;
+        if (result >= layout.channels)
+          result = layout.channels < kLarge ? unsigned(result) % unsigned(layout.channels) : result - layout.channels;
+      }
+      left = (passed + 1) * layout.inner - position;
+      return result;
+    }
+  };
+  static constexpr int64 kLarge = int64(1) << 31;
+
+  __device__ static void run(const Params& params) {
+    const ChannelLayout& layout = params.layout;
+    int64 first = linear_block() * kBlockElements;
+    if (first >= layout.total) return;
+    V loaded[kUnroll][Body::kInputs];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      int64 offset = first + (u * kThreads + int(threadIdx.x)) * kWidth;
+#pragma unroll
+      for (int k = 0; k < Body::kInputs; ++k) loaded[u][k] = load(params, k, offset);
+    }
+    ChannelValues<Body> values;
+    values.operands.load_numbers(params.chain);
+    if (Chain::kTensorCount == 0) values.load(params, 0);
+    Place place(layout, Chain::kTensorCount > 0 ? first : 0);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      int local = (u * kThreads + int(threadIdx.x)) * kWidth;
+      if (first + local < layout.total) compute(params, first, local, place, loaded[u], values);
+    }
+  }
+
+  __device__ static V load(const Params& params, int k, int64 offset) {
+    const T* input = static_cast<const T*>(params.inputs[k]) + offset;
+    V vector{};
+    if (!params.inputs[k]) return vector;
+    if (params.layout.vector && offset + kWidth <= params.layout.total) return *reinterpret_cast<const V*>(input);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      if (offset + i < params.layout.total) vector.value[i] = input[i];
+    return vector;
+  }
+
+  __device__ static void store(const Params& params, int k, int64 offset, const V& vector) {
+    T* output = static_cast<T*>(params.outputs[k]) + offset;
+    if (!params.outputs[k]) return;
+    if (params.layout.vector && offset + kWidth <= params.layout.total) {
+      *reinterpret_cast<V*>(output) = vector;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      if (offset + i < params.layout.total) output[i] = vector.value[i];
+  }
+
+  __device__ static void compute(const Params& params, int64 first, int local, const Place& place, const V* loaded,
+                                 ChannelValues<Body>& values) {
+    int64 left = 0, channel = 0;
+    if (Chain::kTensorCount > 0) {
+      channel = place.find(params.layout, local, left);
+      values.load(params, channel);
+    }
+    V result[Body::kOutputs];
+    A unused[Chain::kTensorSlots] = {};
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (Chain::kTensorCount > 0 && left-- == 0) {
+        left = params.layout.inner - 1;
+        if (++channel == params.layout.channels) channel = 0;
+        values.load(params, channel);
+      }
+      A in[Body::kInputs], out[Body::kOutputs];
+#pragma unroll
+      for (int k = 0; k < Body::kInputs; ++k) in[k] = to_accumulator(loaded[k].value[i]);
+      Body::apply(in, out, unused, values.operands, values.directions);
+#pragma unroll
+      for (int k = 0; k < Body::kOutputs; ++k) result[k].value[i] = from_accumulator<T>(out[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < Body::kOutputs; ++k) store(params, k, first + local, result[k]);
+  }
+};
+
+template <class Body, template <int> class Walk>
+struct Reducing {
+  using T = typename Body::T;
+  using A = Accumulator<T>;
+  using Chain = typename Body::Chain;
+  using Params = PointwiseParams<Chain>;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSums = Chain::kTensorSlots;
+
+  template <int kCount>
+  struct Element {
+    ChannelValues<Body> values[kCount];
+    __device__ void operator()(const A* in, A* out, A* sums, int i) const {
+      const ChannelValues<Body>& v = values[kCount == 1 ? 0 : i];
+      Body::apply(in, out, sums, v.operands, v.directions);
+    }
+  };
+
+  template <int kWidth, int kUnroll>
+  __device__ static void run_width(const Params& params) {
+    Walk<kWidth> walk(params.layout, linear_block() * (kThreads / kWarp) + threadIdx.x / kWarp);
+    constexpr int kCount = Walk<kWidth>::kOneChannel ? 1 : kWidth;
+    Element<kCount> element;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      element.values[i].operands.load_numbers(params.chain);
+      if (walk.more()) element.values[i].load(params, walk.channel(i));
+    }
+    A sums[kWidth][kSums] = {};
+    walk_channels<T, kWidth, kUnroll, Body::kInputs, Body::kOutputs>(walk, params.inputs, params.outputs, sums,
+                                                                     element);
+    walk.store(params.partials, sums);
+  }
+
+  __device__ static void run(const Params& params) {
+    if (params.layout.vector)
+      run_width<16 / int(sizeof(T)), 2>(params);
+    else
+      run_width<1, 4>(params);
+  }
+};
+
+}  // namespace rawkern

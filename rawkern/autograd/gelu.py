@@ -1,0 +1,16 @@
+"""GELU on torch tensors: the chain of that one function."""
+
+from ..epilogue import GELU
+from .pointwise import pointwise
+
+
+def gelu(input, approximate="none"):
+    """torch.nn.functional.gelu in one kernel, differentiable twice.
+
+    Args:
+        input: tensor of any shape, float64, float32, float16 or bfloat16.
+        approximate: "none" for the exact form by erf, "tanh" for the approximation.
+
+    Raises RuntimeError for another `approximate` and for other dtypes, TypeError for what is no tensor or no string.
+    """
+    return pointwise(input, GELU(approximate))
