@@ -1,0 +1,140 @@
+"""The kernels of cuda/conv_transpose2d and the layout of their parameters."""
+
+import functools
+
+import numpy as np
+
+from .. import runtime
+from ..runtime import Kernel, cpp_type
+from . import block_math
+from .chain import IDENTITY, chain_of
+
+GATHER = runtime.params(
+    ("input", "u8"),
+    ("weight", "u8"),
+    ("in_strides", "i8", 4),
+    ("out_strides", "i8", 4),
+    ("image_span", "i8"),
+    ("tiles", "i8"),
+    ("height", "i4", 8),
+    ("width", "i4", 8),
+    ("batch", "i4"),
+    ("groups", "i4"),
+    ("depth", "i4"),
+    ("depth_words", "i4"),
+    ("rows", "i4"),
+    ("rows_padded", "i4"),
+)
+PACK = runtime.params(
+    ("weight", "u8"),
+    ("packed", "u8"),
+    ("group_stride", "i8"),
+    ("depth_stride", "i8"),
+    ("row_stride", "i8"),
+    ("tap_strides", "i8", 2),
+    ("words", "i8"),
+    ("kernel_h", "i4"),
+    ("kernel_w", "i4"),
+    ("depth", "i4"),
+    ("depth_words", "i4"),
+    ("rows", "i4"),
+    ("rows_padded", "i4"),
+)
+WEIGHT_GRADIENT = runtime.params(
+    ("input", "u8"),
+    ("grad_output", "u8"),
+    ("partial", "u8"),
+    ("in_strides", "i8", 4),
+    ("out_strides", "i8", 4),
+    ("pixels", "i8"),
+    ("slice_pixels", "i8"),
+    ("slices", "i8"),
+    ("height", "i4", 8),
+    ("width", "i4", 8),
+    ("groups", "i4"),
+    ("rows", "i4"),
+    ("columns", "i4"),
+    ("row_tiles", "i4"),
+    ("column_tiles", "i4"),
+)
+SUM_SLICES = runtime.params(
+    ("partial", "u8"),
+    ("output", "u8"),
+    ("slices", "i8"),
+    ("elements", "i8"),
+    ("row_stride", "i8"),
+    ("column_stride", "i8"),
+    ("tap_strides", "i8", 2),
+    ("kernel_h", "i4"),
+    ("kernel_w", "i4"),
+    ("rows", "i4"),
+    ("columns", "i4"),
+)
+
+
+@functools.cache
+def _gather(name, type, threads, ending):
+    """A kernel made of gather.cuh; cached by what its source depends on, so that a chain's numbers play no part."""
+    params = np.dtype([("gather", GATHER), ("ending", ending)], align=True)
+    file = "input_gradient" if type.startswith("InputGradient") else "forward"
+    return Kernel(name, f"conv_transpose2d/{file}.cu", type, threads, params)
+
+
+def store(block, chain):
+    ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", chain.params))
+    return _gather("conv_transpose2d", f"Forward<{block.type}, {chain.cpp}>", block.threads, ending)
+
+
+def moments(block, chain):
+    ending = runtime.params(
+        ("output", "u8"), ("bias", "u8"), ("moments", "u8"), ("slots", "i8"), ("chain", chain.params)
+    )
+    type = f"ForwardWithMoments<{block.type}, {chain.cpp}>"
+    return _gather("conv_transpose2d_with_moments", type, block.threads, ending)
+
+
+def channel_min(block, chain):
+    ending = runtime.params(("values", "u8"), ("index", "u8"), ("bias", "u8"))
+    return _gather("conv_transpose2d_channel_min", f"ForwardChannelMin<{block.type}>", block.threads, ending)
+
+
+def input_gradient(block):
+    ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", IDENTITY.params))
+    return _gather("conv_transpose2d_input_gradient", f"InputGradient<{block.type}>", block.threads, ending)
+
+
+@functools.cache
+def weight_gradient(block):
+    file, type = "conv_transpose2d/weight_gradient.cu", f"WeightGradient<{block.type}>"
+    return Kernel("conv_transpose2d_weight_gradient", file, type, block.threads, WEIGHT_GRADIENT)
+
+
+@functools.cache
+def sum_slices(dtype):
+    file, type = "conv_transpose2d/weight_gradient.cu", f"SumSlices<{cpp_type(dtype)}>"
+    return Kernel("conv_transpose2d_sum_slices", file, type, 256, SUM_SLICES)
+
+
+@functools.cache
+def pack(block):
+    return Kernel(
+        "conv_transpose2d_pack_weight", "conv_transpose2d/pack_weight.cu", f"PackWeight<{block.type}>", 256, PACK
+    )
+
+
+def kernels():
+    """Every instantiation, for the tests that compile them all; chains stand for the endless number there can be."""
+    from .. import epilogue
+
+    chains = [IDENTITY, chain_of((epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)))]
+    for (dtype, tensor_core), candidates in block_math.all_choices():
+        for block in candidates:
+            for chain in chains:
+                yield store(block, chain)
+            yield moments(block, chain_of((epilogue.GELU(),)))
+            yield channel_min(block, IDENTITY)
+            yield input_gradient(block)
+            yield pack(block)
+        for block in block_math.weight_gradient_choices(dtype, "tf32" if tensor_core else "ieee"):
+            yield weight_gradient(block)
+        yield sum_slices(dtype)
