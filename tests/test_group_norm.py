@@ -1,0 +1,332 @@
+"""Group normalisation against torch and a float64 oracle: forward, backward, twice backward."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import rawkern
+from rawkern.launchers import group_norm as launchers
+from rawkern.runtime import Kernel
+from rawkern.testing import assert_as_accurate_as_torch, assert_parity, forward_backward
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def drawn(*shape, seed=0, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) + mean
+
+
+def torchs(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """torch's group_norm; its backward pass on a CPU crashes for a bias without a weight."""
+    weight = torch.ones_like(bias) if weight is None and bias is not None else weight
+    return functional.group_norm(input, num_groups, weight, bias, eps)
+
+
+def affine(channels):
+    return {"weight": drawn(channels, seed=1), "bias": drawn(channels, seed=2)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [
+        ((3, 6, 7, 9), 2),  # rows no multiple of a vector
+        ((2, 8, 4, 8), 8),  # one channel a group, vectors
+        ((5, 12), 4),  # rows of one element
+        ((2, 4, 3, 2, 5), 1),
+        ((2, 3, 5003), 3),  # several slots a row
+        ((1, 2, 96, 96), 1),  # several slots and vectors
+        ((2, 520, 3), 2),  # more partial results per group than a warp combines
+    ],
+    ids=str,
+)
+def test_parity(device, dtype, shape, num_groups):
+    inputs = {"input": drawn(*shape), "num_groups": num_groups, **affine(shape[1])}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, dtype=dtype, device=device)
+
+
+@st.composite
+def problems(draw):
+    """Arguments of group_norm, input in any layout."""
+    num_groups, per_group, batch = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    spatial = draw(st.lists(st.integers(1, 9), max_size=3))
+    channels = num_groups * per_group
+    input = drawn(batch, channels, *spatial, seed=draw(st.integers(0, 99)), mean=draw(st.sampled_from([0.0, 30.0])))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "permuted", "strided"]))
+    if layout == "channels_last":
+        input = input.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "permuted":
+        input = input.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "strided":
+        input = input.repeat_interleave(2, dim=-1)[..., ::2]
+    arguments = {"input": input, "num_groups": num_groups, "eps": draw(st.sampled_from([1e-5, 0.1]))}
+    for name, vector in affine(channels).items():
+        if draw(st.booleans()):
+            arguments[name] = vector
+    return arguments
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([torch.float32, torch.bfloat16]))
+@example({"input": drawn(1, 1, 2, 1), "num_groups": 1}, torch.float32)
+@example({"input": drawn(3, 2), "num_groups": 2, **affine(2)}, torch.bfloat16)  # groups of one value: no gradient
+def test_any_shape_and_layout(problem, dtype):
+    batch, channels, *spatial = problem["input"].shape
+    per_group = channels // problem["num_groups"] * math.prod(spatial)
+    if batch * per_group == 1:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            rawkern.group_norm(**problem)
+        return
+    assert_parity(rawkern.group_norm, torchs, problem, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, torch.channels_last_3d, torch.contiguous_format], ids=str
+)
+def test_memory_format_is_kept(device, memory_format):
+    shape = (2, 70, 3, 5, 4) if memory_format == torch.channels_last_3d else (2, 70, 9, 5)
+    inputs = {"input": drawn(*shape).contiguous(memory_format=memory_format), "num_groups": 7, **affine(70)}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, device=device)
+    input = inputs["input"].float().to(device).requires_grad_()
+    output = rawkern.group_norm(input, 7)
+    output.backward(torch.ones(shape, device=device))
+    assert output.stride() == input.grad.stride() == input.stride()
+
+
+def test_expanded_input_and_gradient(device):
+    inputs = {"input": drawn(1, 4, 5, 1).expand(3, 4, 5, 6), "num_groups": 2, **affine(4)}
+    grad = torch.tensor(0.5, dtype=torch.float64).expand(3, 4, 5, 6)
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, device=device, grad=grad)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_a_million_deviations(device, dtype, layout):
+    """As exact as without the mean. torch is no measure here: on a CPU it loses digits, all of them channels-last."""
+    input = drawn(2, 6, 16, 40, mean=1e6).to(dtype).contiguous(memory_format=layout)
+    inputs = {"input": input.to(device), "num_groups": 2}
+    inputs |= {name: vector.to(device, dtype) for name, vector in affine(6).items()}
+    ours = forward_backward(rawkern.group_norm, inputs)
+    exact = {"input": input.double().contiguous() - 1e6, "num_groups": 2}  # the difference is exact
+    exact |= {name: vector.to(dtype).double() for name, vector in affine(6).items()}
+    oracle = forward_backward(functional.group_norm, exact)
+    # The mean itself has 10 digits after the point in double; in float the differences are exact.
+    tolerance = 3e-7 if dtype == torch.float32 else 1e-9
+    for name, value in ours.items():
+        error = (value.cpu().double() - oracle[name]).abs().max() / oracle[name].abs().max()
+        assert error < tolerance, name
+
+
+def test_outlier_comes_first(device):
+    """Statistics are taken around the first values met: these may lie far from all others."""
+    input = drawn(2, 4, 3000)
+    input[:, 0, 0] = 1e6
+    inputs = {"input": input, "num_groups": 1, **affine(4)}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, device=device)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_spoil_their_group_only(device, value):
+    input = drawn(2, 6, 4, 5)
+    input[1, 2, 3, 4] = value
+    inputs = {"input": input, "num_groups": 3, **affine(6)}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, device=device, backward=False)
+    output = rawkern.group_norm(input.to(device), 3).cpu()
+    assert output[1, 2:4].isnan().all()
+    assert output[0].isfinite().all() and output[1, :2].isfinite().all() and output[1, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [-10.0, -0.1, 0.0, 1, 1e-12])
+def test_eps(device, eps):
+    inputs = {"input": drawn(2, 6, 30), "num_groups": 2, "eps": eps, **affine(6)}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs, device=device)
+
+
+def test_constant_input(device):
+    constant = torch.full((2, 4, 50), 0.1, device=device)
+    assert torch.equal(rawkern.group_norm(constant, 2), torch.zeros_like(constant))
+    assert rawkern.group_norm(constant, 2, eps=0.0).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 3), (2, 6, 0), (0, 6, 0), (2, 0, 3), (0, 6)], ids=str)
+def test_empty(device, shape):
+    results = []
+    # torch on the CPU: on a GPU its own group_norm fails where there are no channels.
+    for function, place in ((rawkern.group_norm, device), (functional.group_norm, "cpu")):
+        input = torch.ones(shape, device=place, requires_grad=True)
+        weight, bias = (torch.ones(shape[1], device=place, requires_grad=True) for _ in range(2))
+        output = function(input, 2, weight, bias)
+        output.sum().backward()
+        results.append((output, input.grad, weight.grad, bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (lambda x: (x, 4), RuntimeError),
+        (lambda x: (x, 0), ZeroDivisionError),
+        (lambda x: (x, -2), RuntimeError),
+        (lambda x: (x, 2.0), TypeError),
+        (lambda x: (x[0, 0], 1), RuntimeError),
+        (lambda x: (x[0, 0, 0], 1), RuntimeError),
+        (lambda x: (x, 2, torch.ones(5)), RuntimeError),
+        (lambda x: (x, 2, torch.ones(1)), RuntimeError),
+        (lambda x: (x, 2, torch.ones(6, 1)), RuntimeError),
+        (lambda x: (x, 2, None, torch.ones(5)), RuntimeError),
+        (lambda x: (x, 2, [1.0] * 6), TypeError),
+        (lambda x: (x, 2, None, None, None), TypeError),
+        (lambda x: (x[:1, :1, :1], 1), ValueError),
+        (lambda x: (x.int(), 2), RuntimeError),
+        (lambda x: (x.to(torch.complex64), 2), RuntimeError),
+        (lambda x: (x.double(), 2, torch.ones(6)), RuntimeError),
+        (lambda x: (x, 2, torch.ones(6).bfloat16()), RuntimeError),
+    ],
+)
+def test_errors_are_torchs(arguments, error):
+    arguments = arguments(torch.randn(2, 6, 3))
+    with pytest.raises(error):
+        functional.group_norm(*arguments)
+    with pytest.raises(error):
+        rawkern.group_norm(*arguments)
+
+
+def test_mixed_dtypes_are_named():
+    with pytest.raises(RuntimeError, match=r"input and weight.*bfloat16 and float32"):
+        rawkern.group_norm(torch.ones(2, 4, 3, dtype=torch.bfloat16), 2, torch.ones(4))
+    with pytest.raises(TypeError, match="input"):
+        rawkern.group_norm([1.0, 2.0], 1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("vectors", [("weight", "bias"), ("weight",), ("bias",), ()], ids=str)
+def test_gradcheck(device, vectors, layout):
+    def function(input, *given):
+        return rawkern.group_norm(input, 2, **dict(zip(vectors, given, strict=True)), eps=0.1)
+
+    inputs = [drawn(2, 4, 2, 3, mean=0.3).contiguous(memory_format=layout), *(affine(4)[name] for name in vectors)]
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 8, 9), (1, 4, 5003), (7, 6), (2, 40, 3, 3)], ids=str)
+@pytest.mark.parametrize("part", ["all", "input", "weight", "bias"])
+def test_second_order_parity(device, dtype, shape, part):
+    """The derivative of each of the three gradients, one at a time and all together."""
+    channels = shape[1]
+    tensors = [drawn(*shape, mean=1.0), drawn(channels, seed=1), drawn(channels, seed=2), drawn(*shape, seed=3)]
+    cotangents = [drawn(*shape, seed=4), drawn(channels, seed=5), drawn(channels, seed=6)]
+    chosen = {"all": (0, 1, 2), "input": (0,), "weight": (1,), "bias": (2,)}[part]
+
+    def second_order(function, dtype, device):
+        cast = lambda tensor: tensor.to(globals_dtype).to(device, dtype, copy=True)  # noqa: E731
+        x, w, b, g = (cast(tensor).requires_grad_() for tensor in tensors)
+        first = torch.autograd.grad(function(x, 2, w, b), (x, w, b), g, create_graph=True)
+        picked = [first[i] for i in chosen]
+        return torch.autograd.grad(picked, (x, w, g), [cast(cotangents[i]) for i in chosen], allow_unused=True)
+
+    globals_dtype = dtype
+    ours = second_order(rawkern.group_norm, dtype, device)
+    theirs = second_order(functional.group_norm, dtype, device)
+    oracle = second_order(functional.group_norm, torch.float64, "cpu")
+    for name, mine, torchs, exact in zip(("input", "weight", "grad"), ours, theirs, oracle, strict=True):
+        if exact is None or not exact.any():
+            assert mine is None or not mine.any()
+        else:
+            assert_as_accurate_as_torch(mine, torchs, exact, dtype, name=name)
+
+
+def test_two_runs_are_equal(device):
+    def run():
+        input = drawn(3, 6, 5003).float().to(device).requires_grad_()
+        weight, bias = (vector.float().to(device).requires_grad_() for vector in affine(6).values())
+        output = rawkern.group_norm(input, 3, weight, bias)
+        grads = torch.autograd.grad(output.square().sum(), (input, weight, bias), create_graph=True)
+        seconds = torch.autograd.grad(grads[0].square().sum() + grads[1].square().sum(), (input, weight))
+        return [output, *grads, *seconds]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def launched(monkeypatch, action):
+    """Names of the kernels that `action` launches."""
+    names = []
+    launch = Kernel.launch
+
+    def record(kernel, *arguments, **fields):
+        names.append(kernel.name)
+        launch(kernel, *arguments, **fields)
+
+    monkeypatch.setattr(Kernel, "launch", record)
+    action()
+    return names
+
+
+def test_unneeded_gradients_are_not_computed(device, monkeypatch):
+    def tensors(*needs):
+        values = drawn(2, 4, 6), *affine(4).values()
+        return [value.to(device).requires_grad_(need) for value, need in zip(values, needs, strict=True)]
+
+    input, weight, bias = tensors(True, False, False)
+    output = rawkern.group_norm(input, 2, weight, bias).sum()
+    names = launched(monkeypatch, output.backward)
+    assert "group_norm_grad_input" in names and "group_norm_channel_gradients" not in names
+    assert weight.grad is None and bias.grad is None
+
+    input, weight, bias = tensors(False, True, False)
+    output = rawkern.group_norm(input, 2, weight, bias).sum()
+    names = launched(monkeypatch, output.backward)
+    assert "group_norm_grad_input" not in names and "group_norm_channel_gradients" in names
+    assert input.grad is None and bias.grad is None and weight.grad is not None
+
+
+def test_arrays():
+    """The launchers on NumPy arrays, with and without arrays for the results."""
+    input, grad = drawn(2, 6, 4, 5).numpy(), drawn(2, 6, 4, 5, seed=3).numpy()
+    weight, bias = (vector.numpy() for vector in affine(6).values())
+    expected = functional.group_norm(*map(torch.from_numpy, (input,)), 3, *map(torch.from_numpy, (weight, bias)))
+    np.testing.assert_allclose(launchers.group_norm(input, 3, weight, bias), expected, atol=1e-13)
+    # Vectors and inputs may be strided; out decides the layout.
+    out = np.empty((2, 4, 5, 6)).transpose(0, 3, 1, 2)
+    mean, rstd = np.empty((2, 3)), np.empty((2, 3))
+    result = launchers.group_norm(input, 3, np.repeat(weight, 2)[::2], bias, out=out, mean=mean, rstd=rstd)
+    assert result is out
+    np.testing.assert_allclose(out, expected, atol=1e-13)
+    np.testing.assert_allclose(mean, input.reshape(2, 3, -1).mean(-1), atol=1e-14)
+    np.testing.assert_allclose(rstd, (input.reshape(2, 3, -1).var(-1) + 1e-5) ** -0.5, rtol=1e-13)
+    whole = launchers.group_norm_backward(grad, input, mean, rstd, weight)
+    other = launchers.group_norm_backward(
+        grad.astype("f8", order="F"), input, mean, rstd, weight, needs=(True, False, True)
+    )
+    assert other[1] is None
+    np.testing.assert_array_equal(whole[0], other[0])
+    np.testing.assert_array_equal(whole[2], other[2])
+    with pytest.raises(ValueError, match="out has shape"):
+        launchers.group_norm(input, 3, out=np.empty((2, 6, 4)))
+    with pytest.raises(ValueError, match="mean has dtype"):
+        launchers.group_norm(input, 3, mean=np.empty((2, 3), "f4"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("takes 40 GiB of GPU memory")
+    input = torch.empty(3, 4, 2**28 + 24, device="cuda", dtype=torch.float16)
+    for image in input:
+        image.normal_()
+    weight, bias = (torch.randn(4, device="cuda", dtype=torch.float16) for _ in range(2))
+    output = rawkern.group_norm(input, 2, weight, bias)
+    groups = input[2].view(2, -1)
+    mean, deviation = groups.mean(1, dtype=torch.float64), groups.std(1)
+    tail = (input[2, 3, -1000:].double() - mean[1]) / deviation[1].double() * weight[3].double() + bias[3].double()
+    torch.testing.assert_close(output[2, 3, -1000:].double(), tail, rtol=2e-3, atol=2e-3)
