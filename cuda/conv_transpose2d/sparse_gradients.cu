@@ -1,0 +1,384 @@
+// Gradients of a transposed convolution of which only the minimum over the channels was used. At an output pixel only
+// the channel index[n, ho, wo] has a gradient, g[n, wo] (the same for all rows, since the rows were summed), so each
+// gradient needs 1 / C_out of the dense work and the dense gradient never exists:
+//
+//   SparseInputGradient   gx[n, ci, hi, wi] = sum over taps of g[n, wo] w[ci, index[n, ho, wo], tap]
+//   SparseWeightGradient  gw[ci, co, tap]   = sum over pixels with index[n, ho, wo] == co of g[n, wo] x[n, ci, hi, wi]
+//   SparseBiasGradient    gb[co]            = sum over pixels with index[n, ho, wo] == co of g[n, wo]
+//
+// with ho = hi stride - padding + kh dilation, and wo likewise. Input channel ci and output channel co meet if they are
+// of the same group. Every sum has one owner and a fixed order: no atomics, two runs agree bit for bit.
+//
+// 16 x 64 x 128 x 128 floats, 128 output channels, 3 x 3 taps: 2.4e6 pairs (pixel, tap), 1.5e8 products. Expected on an
+// H200: input gradient 0.06 to 0.1 ms (600 MB of weight rows, from L1 and L2; 67 MB written), weight gradient 0.1 to
+// 0.15 ms (4 accesses to shared memory per 32 products; x read once per four taps, from L2), bias 0.02 ms. For sm_80
+// and later; the weight gradient takes 70 KB of shared memory.
+#include "index_space.cuh"
+
+namespace rawkern {
+
+constexpr int kSparseChannels = 32;  // input channels of a block: a warp's lanes
+
+// Sizes as pairs (height, width).
+struct SparseGeometry {
+  int64 pixels;  // of the input: batch * height * width
+  int in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+  int in_channels, in_per_group, out_per_group;
+  int padded_channels;  // in_channels up to a multiple of kSparseChannels
+
+  __device__ int taps() const { return kernel[0] * kernel[1]; }
+};
+
+// An input pixel by its number.
+struct InputPixel {
+  int64 image;
+  int h, w;
+  bool exists;
+
+  __device__ InputPixel(const SparseGeometry& p, int64 number) : image(0), h(0), w(0), exists(number < p.pixels) {
+    if (!exists) return;
+    int64 row = divide(number, p.in_size[1]);
+    image = divide(row, p.in_size[0]);
+    w = int(number - row * p.in_size[1]);
+    h = int(row - image * p.in_size[0]);
+  }
+  __device__ int64 offset(const int64 (&strides)[4]) const {
+    return image * strides[0] + h * strides[2] + w * strides[3];
+  }
+};
+
+// What a pixel meets at one tap: the gradient, the output channel within its group (-1: no pixel there), and the first
+// input channel of that group.
+template <class A>
+struct __align__(16) Meeting {
+  A grad;
+  int channel;
+  int first;
+};
+
+template <class A>
+__device__ inline Meeting<A> meet(const SparseGeometry& p, const A* grad, const int* index, const InputPixel& pixel,
+                                  int tap) {
+  Meeting<A> none{A(0), -1, 0};
+  int tap_h = tap / p.kernel[1], tap_w = tap - tap_h * p.kernel[1];
+  int64 h = int64(pixel.h) * p.stride[0] - p.padding[0] + int64(tap_h) * p.dilation[0];
+  int64 w = int64(pixel.w) * p.stride[1] - p.padding[1] + int64(tap_w) * p.dilation[1];
+  if (!pixel.exists || tap >= p.taps() || uint64(h) >= uint64(p.out_size[0]) || uint64(w) >= uint64(p.out_size[1]))
+    return none;
+  int channel = index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w], group = channel / p.out_per_group;
+  return Meeting<A>{grad[pixel.image * p.out_size[1] + w], channel - group * p.out_per_group, group * p.in_per_group};
+}
+
+// packed[tap][output channel within the group][input channel], padded with zeros; one thread per element.
+template <class T>
+struct PackRows {
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 2;
+
+  struct Params {
+    const T* weight;
+    T* packed;
+    int64 strides[4];
+    int64 elements;
+    int kernel_w, in_channels, out_per_group, padded_channels;
+  };
+
+  __device__ static void run(const Params& p) {
+    int64 element = linear_block() * kThreads + threadIdx.x;
+    if (element >= p.elements) return;
+    int64 row = divide(element, p.padded_channels), tap = divide(row, p.out_per_group);
+    int64 in = element - row * p.padded_channels, out = row - tap * p.out_per_group;
+    int64 tap_h = divide(tap, p.kernel_w), tap_w = tap - tap_h * p.kernel_w;
+    T value{};
+    if (in < p.in_channels)
+      value = p.weight[in * p.strides[0] + out * p.strides[1] + tap_h * p.strides[2] + tap_w * p.strides[3]];
+    p.packed[element] = value;
+  }
+};
+
+// A block computes 32 channels of 64 pixels. It looks up what its pixels meet at up to 16 taps at a time; then a team
+// of 8 lanes with 4 channels each adds up rows of weights for two pixels. The results go through shared memory, so that
+// neighbouring lanes write what are neighbours in memory. Blocks of the same channels run together: their rows of all
+// taps and output channels (147 KB in the example above) stay in L1.
+template <class T>
+struct SparseInputGradient {
+  using A = Accumulator<T>;
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 3;
+  static constexpr int kPixels = 64, kTaps = 16;
+  static constexpr int kOwn = 4;                        // channels of a lane
+  static constexpr int kTeam = kSparseChannels / kOwn;  // lanes
+  static constexpr int kTeams = kThreads / kTeam;
+  static constexpr int kShare = kPixels / kTeams;                   // pixels of a team
+  static constexpr int kWidth = sizeof(T) * kOwn <= 16 ? kOwn : 2;  // channels per load
+
+  struct Params {
+    const A* grad;
+    const int* index;
+    const T* packed;
+    T* output;
+    int64 out_strides[4];
+    SparseGeometry geometry;
+    int channels_last;
+    int unused;
+  };
+
+  struct Storage {
+    union {
+      Meeting<A> meeting[kTaps][kPixels];
+      A result[kSparseChannels][kPixels + 1];
+    };
+    int64 offset[kPixels];  // in the output; -1 if there is no such pixel
+  };
+
+  __device__ static void run(const Params& p) {
+    RAWKERN_SHARED(Storage, shared);
+    const SparseGeometry& geometry = p.geometry;
+    int64 tiles = ceil_div(geometry.pixels, kPixels), chunk = divide(linear_block(), tiles);
+    int64 begin = (linear_block() - chunk * tiles) * kPixels;
+    int channel = int(chunk) * kSparseChannels;
+    if (channel >= geometry.in_channels) return;
+
+    InputPixel pixel(geometry, begin + threadIdx.x % kPixels);
+    if (threadIdx.x < kPixels) shared.offset[threadIdx.x] = pixel.exists ? pixel.offset(p.out_strides) : int64(-1);
+    A sum[kShare][kOwn] = {};
+    for (int tap = 0; tap < geometry.taps(); tap += kTaps) {
+      int taps = minimum_of(kTaps, geometry.taps() - tap);
+      for (int i = threadIdx.x / kPixels; i < taps; i += kThreads / kPixels)
+        shared.meeting[i][threadIdx.x % kPixels] = find_row(p, pixel, tap + i, channel);
+      __syncthreads();
+      add_rows(p, shared, sum, channel, taps);
+      __syncthreads();
+    }
+    store(p, shared, sum, channel);
+  }
+
+  // What the pixel meets at this tap, with the number of the weights' row in place of the output channel; no row if it
+  // belongs to a group with no channel in this block.
+  __device__ static Meeting<A> find_row(const Params& p, const InputPixel& pixel, int tap, int channel) {
+    Meeting<A> found = meet(p.geometry, p.grad, p.index, pixel, tap);
+    bool here = found.first < channel + kSparseChannels && found.first + p.geometry.in_per_group > channel;
+    found.channel = found.channel >= 0 && here ? tap * p.geometry.out_per_group + found.channel : -1;
+    return found;
+  }
+
+  __device__ static void add_rows(const Params& p, const Storage& shared, A (&sum)[kShare][kOwn], int channel,
+                                  int taps) {
+    int team = threadIdx.x / kTeam, own = channel + threadIdx.x % kTeam * kOwn;
+#pragma unroll 2
+    for (int tap = 0; tap < taps; ++tap) {
+#pragma unroll
+      for (int share = 0; share < kShare; ++share) {
+        Meeting<A> met = shared.meeting[tap][team + share * kTeams];
+        // Row 0 stands in for no row: a load that always happens can start early.
+        const T* row = p.packed + int64(met.channel < 0 ? 0 : met.channel) * p.geometry.padded_channels + own;
+#pragma unroll
+        for (int i = 0; i < kOwn; i += kWidth) {
+          auto weight = *reinterpret_cast<const Packed<T, kWidth>*>(row + i);
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) {
+            bool meets = met.channel >= 0 && unsigned(own + i + j - met.first) < unsigned(p.geometry.in_per_group);
+            A added = sum[share][i + j] + met.grad * to_accumulator(weight.value[j]);
+            sum[share][i + j] = meets ? added : sum[share][i + j];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ static void store(const Params& p, Storage& shared, const A (&sum)[kShare][kOwn], int channel) {
+    int team = threadIdx.x / kTeam, own = threadIdx.x % kTeam * kOwn;
+#pragma unroll
+    for (int share = 0; share < kShare; ++share)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) shared.result[own + i][team + share * kTeams] = sum[share][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kSparseChannels * kPixels; i += kThreads) {
+      int row = p.channels_last ? i % kSparseChannels : i / kPixels;
+      int column = p.channels_last ? i / kSparseChannels : i % kPixels;
+      int64 offset = shared.offset[column];
+      if (offset < 0 || channel + row >= p.geometry.in_channels) continue;
+      p.output[offset + (channel + row) * p.out_strides[1]] = from_accumulator<T>(shared.result[row][column]);
+    }
+  }
+};
+
+// A block owns 32 input channels, four taps, a few output channels and a slice of the pixels; each of its warps owns a
+// tap. A warp keeps its sums, [output channel][input channel], in shared memory and goes through the pixels in order: a
+// lane adds g x to the sum of its input channel and the pixel's output channel. All warps use the same tile of x, 32
+// channels of 32 pixels; while they do, the next one is on its way to registers. The slices' sums,
+// partial[slice][tap][output channel][input channel], are added in order, in double, by a later launch.
+template <class T>
+struct SparseWeightGradient {
+  using A = Accumulator<T>;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kMinBlocks = 3;
+  static constexpr int kPixels = kWarp;
+  static constexpr int kRows = 512 / sizeof(A);            // output channels: 16 KB of sums per warp
+  static constexpr int kLoads = kSparseChannels / kWarps;  // of a thread, per tile
+
+  struct Params {
+    const A* grad;
+    const int* index;
+    const T* input;
+    A* partial;
+    int64 in_strides[4];
+    int64 slices, slice_pixels;  // a multiple of kPixels
+    SparseGeometry geometry;
+    int channels_last;
+    int unused;
+  };
+
+  struct Storage {
+    A sum[kWarps][kRows][kSparseChannels];
+    A x[kPixels][kSparseChannels + 1];
+    Meeting<A> meeting[kWarps][kPixels];
+  };
+
+  // What a block owns. Taps and channels run fastest, so that the blocks that read the same x run together.
+  struct Place {
+    int tap, channel, row;  // the first of each; tap: of this warp
+    int64 slice;
+
+    __device__ explicit Place(const SparseGeometry& p) {
+      int64 block = linear_block();
+      int64 tap_bundles = ceil_div(p.taps(), kWarps), next = divide(block, tap_bundles);
+      tap = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
+      block = next;
+      int64 chunks = p.padded_channels / kSparseChannels;
+      next = divide(block, chunks);
+      channel = int(block - next * chunks) * kSparseChannels;
+      block = next;
+      int64 bundles = ceil_div(p.out_per_group, kRows);
+      slice = divide(block, bundles);
+      row = int(block - slice * bundles) * kRows;
+    }
+  };
+
+  // One tile on its way to shared memory: this thread's elements of x, and what pixel `lane` meets at the warp's tap.
+  struct Staged {
+    A x[kLoads];
+    Meeting<A> meeting;
+  };
+
+  __device__ static void run(const Params& p) {
+    RAWKERN_DYNAMIC_SHARED(Storage, shared);
+    Place place(p.geometry);
+    if (place.slice >= p.slices) return;
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    auto& sum = shared.sum[warp];
+    for (int row = 0; row < kRows; ++row) sum[row][lane] = A(0);
+    int64 begin = place.slice * p.slice_pixels;
+    int64 end = minimum_of(begin + p.slice_pixels, p.geometry.pixels);
+    Staged staged;
+    load(staged, p, place, begin);
+    for (int64 pixel = begin; pixel < end; pixel += kPixels) {
+      store(staged, p, shared);
+      __syncthreads();
+      if (pixel + kPixels < end) load(staged, p, place, pixel + kPixels);
+      add_pixels(p, shared, place);
+      __syncthreads();
+    }
+    write(p, shared, place);
+  }
+
+  __device__ static void load(Staged& staged, const Params& p, const Place& place, int64 begin) {
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    InputPixel pixel(p.geometry, begin + lane);
+    int64 offset = pixel.exists ? pixel.offset(p.in_strides) : int64(-1);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      // Neighbouring lanes read neighbouring pixels, or in channels-last memory neighbouring channels.
+      int64 from = p.channels_last ? __shfl_sync(kFullMask, offset, warp * kLoads + i) : offset;
+      int channel = place.channel + (p.channels_last ? lane : warp * kLoads + i);
+      bool exists = from >= 0 && channel < p.geometry.in_channels;
+      staged.x[i] = exists ? to_accumulator(p.input[from + channel * p.in_strides[1]]) : A(0);
+    }
+    staged.meeting = meet(p.geometry, p.grad, p.index, pixel, place.tap);
+    staged.meeting.channel -= place.row;
+    if (staged.meeting.channel >= kRows) staged.meeting.channel = -1;
+  }
+
+  __device__ static void store(const Staged& staged, const Params& p, Storage& shared) {
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      int other = warp * kLoads + i;
+      shared.x[p.channels_last ? other : lane][p.channels_last ? lane : other] = staged.x[i];
+    }
+    shared.meeting[warp][lane] = staged.meeting;
+  }
+
+  __device__ static void add_pixels(const Params& p, Storage& shared, const Place& place) {
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (place.tap >= p.geometry.taps()) return;
+    auto& sum = shared.sum[warp];
+#pragma unroll 4
+    for (int pixel = 0; pixel < kPixels; ++pixel) {
+      Meeting<A> met = shared.meeting[warp][pixel];
+      if (met.channel < 0) continue;  // the same for all lanes
+      A x = shared.x[pixel][lane];
+      bool meets = unsigned(place.channel + lane - met.first) < unsigned(p.geometry.in_per_group);
+      if (meets) sum[met.channel][lane] += met.grad * x;
+    }
+  }
+
+  __device__ static void write(const Params& p, const Storage& shared, const Place& place) {
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const SparseGeometry& geometry = p.geometry;
+    if (place.tap >= geometry.taps() || place.channel + lane >= geometry.in_channels) return;
+    int rows = minimum_of(kRows, geometry.out_per_group - place.row);
+    int64 first = (place.slice * geometry.taps() + place.tap) * geometry.out_per_group + place.row;
+    A* partial = p.partial + first * geometry.in_channels + place.channel + lane;
+    for (int row = 0; row < rows; ++row) partial[int64(row) * geometry.in_channels] = shared.sum[warp][row][lane];
+  }
+};
+
+// partial[slice][output channel]: a thread owns a channel and looks at every output pixel of the block's slice.
+template <class A>
+struct SparseBiasGradient {
+  static constexpr int kThreads = 128;
+  static constexpr int kMinBlocks = 4;
+  static constexpr int kPixels = 1024;
+
+  struct Params {
+    const A* grad;
+    const int* index;
+    double* partial;
+    int64 pixels, plane;  // of all images, of one
+    int64 slices, slice_pixels;
+    int width, channels;
+  };
+
+  struct Storage {
+    A grad[kPixels];
+    int channel[kPixels];
+  };
+
+  __device__ static void run(const Params& p) {
+    RAWKERN_SHARED(Storage, shared);
+    int64 bundles = ceil_div(p.channels, kThreads), slice = divide(linear_block(), bundles);
+    if (slice >= p.slices) return;
+    int own = int(linear_block() - slice * bundles) * kThreads + threadIdx.x;
+    int64 begin = slice * p.slice_pixels, end = minimum_of(begin + p.slice_pixels, p.pixels);
+    double sum = 0;
+    for (int64 tile = begin; tile < end; tile += kPixels) {
+      for (int i = threadIdx.x; i < kPixels; i += kThreads) {
+        int64 pixel = tile + i;
+        bool exists = pixel < end;
+        int64 row = exists ? divide(pixel, p.width) : 0;
+        shared.channel[i] = exists ? p.index[pixel] : -1;
+        shared.grad[i] = exists ? p.grad[divide(pixel, p.plane) * p.width + pixel - row * p.width] : A(0);
+      }
+      __syncthreads();
+#pragma unroll 8
+      for (int i = 0; i < kPixels; ++i)
+        if (shared.channel[i] == own) sum += double(shared.grad[i]);
+      __syncthreads();
+    }
+    if (own < p.channels) p.partial[slice * p.channels + own] = sum;
+  }
+};
+
+}  // namespace rawkern
