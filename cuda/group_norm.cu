@@ -77,7 +77,7 @@ __device__ inline double value_or(const void* vector, int64 i, double otherwise)
 // sqrt(slot_length) deviations, so that the difference of squares at the end loses at most 12 of 53 bits.
 template <class T, class Pre>
 struct RowMoments {
-  static constexpr int kThreads = 256, kMinBlocks = 2;
+  static constexpr int kThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;
   using A = Wide<T>;
   struct Params {
     const void* input;
@@ -386,7 +386,7 @@ struct ChannelGradients {
 // this order the products of 16-bit values and their difference from D(a) are exact in float.
 template <class T, class Pre>
 struct GradInput {
-  static constexpr int kThreads = 256, kMinBlocks = 2;
+  static constexpr int kThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;
   using A = Wide<T>;
   struct Params {
     const void* grad_output;

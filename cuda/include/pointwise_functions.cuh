@@ -26,9 +26,9 @@ __device__ inline float log1p_of(float x) { return log1pf(x); }
 __device__ inline double log1p_of(double x) { return log1p(x); }
 __device__ inline float tanh_of(float x) { return tanhf(x); }
 __device__ inline double tanh_of(double x) { return tanh(x); }
-// The normal distribution's cumulative function. In float by erfc, which keeps its precision where 1 + erf cancels; in
-// double as torch computes it, cancellation and all, because there torch's value is what is asked for.
-__device__ inline float normal_cumulative(float x) { return 0.5f * erfcf(x * -0.70710678118654752440f); }
+// The normal distribution's cumulative function, as torch computes it. erfc would keep its relative precision where
+// 1 + erf cancels, at x below -5, but takes twice the instructions, which is what limits GELU in 16 bit on a GPU.
+__device__ inline float normal_cumulative(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752440f)); }
 __device__ inline double normal_cumulative(double x) { return 0.5 * (1.0 + erf(x * 0.70710678118654752440)); }
 
 template <class A>

@@ -117,7 +117,7 @@ def choices(dtype, precision, depth):
 
 def weight_gradient_choices(dtype, precision):
     """The candidates for the weight gradient: its slices fill a GPU anyway, and larger tiles were no faster."""
-    return [math for math in choices(dtype, precision, 0) if math.rows * math.columns <= 64 * 128]
+    return [math for math in choices(dtype, precision, 0) if math.rows * math.columns <= 64 * 64]
 
 
 def choose(candidates, rows, columns, copies, multiprocessors):

@@ -209,3 +209,12 @@ def zero(queue, out):
         inner=1,
         stride=0,
     )
+
+
+def kernels():
+    """Every instantiation, for the tests that compile them all."""
+    for cpp_type in runtime.CPP_TYPES.values():
+        for walk in ("RowWalk", "ColumnWalk"):
+            yield _partials_kernel(cpp_type, walk)
+        for team in (32, THREADS):
+            yield _totals_kernel(cpp_type, team)

@@ -1,24 +1,17 @@
 """Transposed 2-D convolution and its two gradients on arrays (NumPy on the CPU, CuPy on a GPU)."""
 
-import math
-
 import numpy as np
 
 from .. import runtime
 from ..runtime import check_out, element_strides, pointer, queue_of
-from . import block_math
 from . import conv_transpose2d_kernels as kernels_of
-from .block_math import check_precision
 from .chain import IDENTITY, chain_of, channel_axis
 from .conv_transpose2d_kernels import kernels
+from .conv_transpose2d_plans import gather_plan, weight_gradient_plan
 from .geometry import Geometry
+from .layout import contiguous
 
 __all__ = ["channel_min", "conv_transpose2d", "input_gradient", "kernels", "weight_gradient", "with_moments"]
-
-#: Longest sum of products that is formed in one accumulator before partial sums are combined in double.
-_SLICE_PIXELS = 16384
-#: Memory the weight gradient's partial sums may take, in bytes; larger weights get fewer, longer slices.
-_PARTIAL_BYTES = 1 << 28
 
 
 def conv_transpose2d(
@@ -75,7 +68,7 @@ def conv_transpose2d(
         check_out(saved, geometry.output_shape, input.dtype, queue.device, "saved")
         if saved.strides != out.strides and saved.size:
             raise ValueError(f"saved must have the strides of out, {out.strides}, got {saved.strides}")
-    bias = queue.contiguous(bias)
+    bias = contiguous(queue, bias)
     operands = _per_channel(queue, geometry, operands)
     ending = dict(
         output=pointer(out),
@@ -83,7 +76,8 @@ def conv_transpose2d(
         bias=pointer(bias),
         chain=chain.pack(operands, geometry.out_channels),
     )
-    _forward(queue, geometry, input, weight, precision, kernels_of.store, chain, ending, element_strides(out))
+    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
+    _gather(queue, plan, kernels_of.store(plan.block, chain), ending, input, weight, element_strides(out))
     return out
 
 
@@ -102,10 +96,11 @@ def channel_min(input, weight, bias, geometry, *, precision=None, values=None, i
     check_out(values, shape, dtype, queue.device, "values")
     check_out(index, shape, np.dtype("int32"), queue.device, "index")
     height, width = geometry.output_size
-    bias = queue.contiguous(bias)
+    bias = contiguous(queue, bias)
+    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
     ending = dict(values=pointer(values), index=pointer(index), bias=pointer(bias))
     strides = (height * width, 0, width, 1)
-    _forward(queue, geometry, input, weight, precision, kernels_of.channel_min, IDENTITY, ending, strides)
+    _gather(queue, plan, kernels_of.channel_min(plan.block), ending, input, weight, strides)
     return values, index
 
 
@@ -118,21 +113,19 @@ def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=No
     """
     queue = _queue(stream, geometry, input, weight, bias)
     out = _output(queue, geometry, input, out)
-    block = _choose_forward(geometry, input.dtype, precision, queue.device)
-    tiles = -(-_largest_phase(geometry) // block.columns)
-    phases = math.prod([min(s, size) for s, size in zip(geometry.stride, geometry.output_size, strict=True)])
-    moments = queue.empty((geometry.batch * geometry.out_channels, tiles * phases, 3), np.dtype("float64"))
-    bias = queue.contiguous(bias)
+    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
+    slots = plan.image_span // plan.block.columns * plan.phases
+    moments = queue.empty((geometry.batch * geometry.out_channels, slots, 3), np.dtype("float64"))
+    bias = contiguous(queue, bias)
     ending = dict(
         output=pointer(out),
         bias=pointer(bias),
         moments=pointer(moments),
-        slots=tiles * phases,
+        slots=slots,
         chain=chain.pack(chain.tensors, geometry.out_channels),
     )
-    span = tiles * block.columns
-    strides = element_strides(out)
-    _forward(queue, geometry, input, weight, precision, kernels_of.moments, chain, ending, strides, image_span=span)
+    kernel = kernels_of.moments(plan.block, chain)
+    _gather(queue, plan, kernel, ending, input, weight, element_strides(out), plan.image_span)
     return out, moments
 
 
@@ -149,34 +142,9 @@ def input_gradient(grad_output, weight, geometry, *, precision=None, out=None, s
         out = queue.empty(geometry.input_shape, grad_output.dtype)
         out = _like_layout(queue, out, grad_output)
     check_out(out, geometry.input_shape, grad_output.dtype, queue.device)
-    if out.size == 0:
-        return out
-    rows, depth = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    pixels = geometry.batch * math.prod(geometry.input_size)
-    candidates = block_math.choices(grad_output.dtype, check_precision(precision), depth * math.prod(geometry.kernel))
-    block = block_math.choose(candidates, rows, pixels, geometry.groups, queue.device.multiprocessors)
-    packed, depth_words, rows_padded = _pack(queue, weight, geometry, block, depth_axis=1)
-    tiles = -(-pixels // block.columns)
-    gather = dict(
-        input=pointer(grad_output),
-        weight=pointer(packed),
-        in_strides=element_strides(grad_output),
-        out_strides=element_strides(out),
-        image_span=0,
-        tiles=tiles,
-        height=geometry.axis(0, transposed=False),
-        width=geometry.axis(1, transposed=False),
-        batch=geometry.batch,
-        groups=geometry.groups,
-        depth=depth,
-        depth_words=depth_words,
-        rows=rows,
-        rows_padded=rows_padded,
-    )
-    kernel = kernels_of.input_gradient(block)
-    blocks = tiles * geometry.groups * (rows_padded // block.rows)
-    ending = dict(output=pointer(out), saved=0, bias=0, chain=IDENTITY.pack((), rows))
-    _launch(kernel, queue, blocks, gather, ending)
+    plan = gather_plan(geometry, grad_output.dtype, precision, queue.device.multiprocessors, transposed=False)
+    ending = dict(output=pointer(out), saved=0, bias=0, chain=IDENTITY.pack())
+    _gather(queue, plan, kernels_of.input_gradient(plan.block), ending, grad_output, weight, element_strides(out))
     return out
 
 
@@ -191,36 +159,26 @@ def weight_gradient(input, grad_output, geometry, *, precision=None, out=None, s
     if out is None:
         out = queue.empty(geometry.weight_shape, input.dtype)
     check_out(out, geometry.weight_shape, input.dtype, queue.device)
-    rows, columns = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    taps = math.prod(geometry.kernel)
-    pixels = geometry.batch * math.prod(geometry.input_size)
-    candidates = block_math.weight_gradient_choices(input.dtype, check_precision(precision))
-    block = block_math.choose(candidates, rows, columns, taps * geometry.groups, 1)
-    row_tiles, column_tiles = -(-rows // block.rows), -(-columns // block.columns)
-    blocks_per_slice = row_tiles * column_tiles * taps * geometry.groups
-    slices = _slices(pixels, blocks_per_slice, out.size, queue.device)
-    slab = block.words * block.pack
-    slice_pixels = max(1, -(-pixels // (slices * slab))) * slab
-    slices = -(-pixels // slice_pixels)
-    partial = queue.empty((slices, out.size), runtime.accumulator(input.dtype))
-    kernels_of.weight_gradient(block).launch(
+    plan = weight_gradient_plan(geometry, input.dtype, precision, queue.device.multiprocessors)
+    partial = queue.empty((plan.slices, out.size), runtime.accumulator(input.dtype))
+    kernels_of.weight_gradient(plan.block).launch(
         queue,
-        blocks_per_slice * slices,
+        plan.blocks,
         input=pointer(input),
         grad_output=pointer(grad_output),
         partial=pointer(partial),
         in_strides=element_strides(input),
         out_strides=element_strides(grad_output),
-        pixels=pixels,
-        slice_pixels=slice_pixels,
-        slices=slices,
-        height=geometry.axis(0, transposed=True),
-        width=geometry.axis(1, transposed=True),
+        pixels=plan.pixels,
+        slice_pixels=plan.slice_pixels,
+        slices=plan.slices,
+        height=geometry.axis(0, True),
+        width=geometry.axis(1, True),
         groups=geometry.groups,
-        rows=rows,
-        columns=columns,
-        row_tiles=row_tiles,
-        column_tiles=column_tiles,
+        rows=plan.rows,
+        columns=plan.columns,
+        row_tiles=plan.row_tiles,
+        column_tiles=plan.column_tiles,
     )
     strides = element_strides(out)
     kernels_of.sum_slices(input.dtype).launch(
@@ -228,15 +186,15 @@ def weight_gradient(input, grad_output, geometry, *, precision=None, out=None, s
         -(-out.size // 256),
         partial=pointer(partial),
         output=pointer(out),
-        slices=slices,
+        slices=plan.slices,
         elements=out.size,
         row_stride=strides[0],
         column_stride=strides[1],
         tap_strides=strides[2:],
         kernel_h=geometry.kernel[0],
         kernel_w=geometry.kernel[1],
-        rows=rows,
-        columns=columns,
+        rows=plan.rows,
+        columns=plan.columns,
     )
     return out
 
@@ -262,7 +220,7 @@ def _per_channel(queue, geometry, operands):
             "tensors of an epilogue must broadcast per channel, such as (C, 1, 1), got "
             + ", ".join(str(tuple(operand.shape)) for operand in operands)
         )
-    return [queue.contiguous(operand) for operand in operands]
+    return [contiguous(queue, operand) for operand in operands]
 
 
 def _is_channels_last(array):
@@ -284,72 +242,44 @@ def _output(queue, geometry, input, out):
     return out
 
 
-def _largest_phase(geometry):
-    """Pixels of the largest phase of one image."""
-    return math.prod([-(-o // s) for o, s in zip(geometry.output_size, geometry.stride, strict=True)])
-
-
-def _longest_sum(geometry):
-    """Products per output: the input channels of a group times the taps of the phase that has most."""
-    periods = (s // math.gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True))
-    taps = math.prod(-(-kernel // period) for kernel, period in zip(geometry.kernel, periods, strict=True))
-    return geometry.in_channels // geometry.groups * taps
-
-
-def _choose_forward(geometry, dtype, precision, device):
-    rows = geometry.out_channels // geometry.groups
-    phases = math.prod([min(s, size) for s, size in zip(geometry.stride, geometry.output_size, strict=True)])
-    columns = geometry.batch * _largest_phase(geometry)
-    candidates = block_math.choices(dtype, check_precision(precision), _longest_sum(geometry))
-    return block_math.choose(candidates, rows, columns, geometry.groups * phases, device.multiprocessors)
-
-
-def _forward(queue, geometry, input, weight, precision, kernel_of, chain, ending, out_strides, image_span=0):
-    if geometry.batch == 0:
+def _gather(queue, plan, kernel, ending, gathered, weight, out_strides, image_span=0):
+    """Packs the weight and launches one of gather.cuh's kernels over `gathered`, the input or grad_output."""
+    if plan.batch == 0:
         return
-    block = _choose_forward(geometry, input.dtype, precision, queue.device)
-    packed, depth_words, rows_padded = _pack(queue, weight, geometry, block, depth_axis=0)
-    columns = geometry.batch * (image_span or _largest_phase(geometry))
-    tiles = -(-columns // block.columns)
-    phases = [min(s, size) for s, size in zip(geometry.stride, geometry.output_size, strict=True)]
-    gather = dict(
-        input=pointer(input),
-        weight=pointer(packed),
-        in_strides=element_strides(input),
-        out_strides=out_strides,
-        image_span=image_span,
-        tiles=tiles,
-        height=geometry.axis(0, transposed=True),
-        width=geometry.axis(1, transposed=True),
-        batch=geometry.batch,
-        groups=geometry.groups,
-        depth=geometry.in_channels // geometry.groups,
-        depth_words=depth_words,
-        rows=geometry.out_channels // geometry.groups,
-        rows_padded=rows_padded,
+    packed = _pack(queue, plan, weight)
+    tiles = plan.tiles(image_span)
+    blocks = tiles * plan.phases
+    if kernel.name != kernels_of.CHANNEL_MIN:  # whose blocks see all rows
+        blocks *= plan.row_tiles
+    gather = (
+        pointer(gathered),
+        pointer(packed),
+        element_strides(gathered),
+        out_strides,
+        image_span,
+        tiles,
+        plan.height,
+        plan.width,
+        plan.batch,
+        plan.groups,
+        plan.depth,
+        plan.depth_words,
+        plan.rows,
+        plan.rows_padded,
     )
-    blocks = tiles * phases[0] * phases[1]
-    if kernel_of is not kernels_of.channel_min:
-        blocks *= geometry.groups * (rows_padded // block.rows)
-    _launch(kernel_of(block, chain), queue, blocks, gather, ending)
+    ending = tuple([ending[name] for name in kernel.params["ending"].names])
+    kernel.launch(queue, blocks, gather=gather, ending=ending)
 
 
-def _launch(kernel, queue, blocks, gather, ending):
-    names = kernel.params["ending"].names
-    gather = tuple(gather[name] for name in kernels_of.GATHER.names)
-    kernel.launch(queue, blocks, gather=gather, ending=tuple(ending[name] for name in names))
-
-
-def _pack(queue, weight, geometry, block, depth_axis):
-    """Packed weights, their depth in words and their rows, as padded. Depth runs along weight axis `depth_axis`."""
+def _pack(queue, plan, weight):
+    """The weight as gather.cuh reads it. Depth runs along the weight's first axis for the transposed convolution."""
     strides = element_strides(weight)
-    in_per_group, out_per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    depth, rows = (in_per_group, out_per_group) if depth_axis == 0 else (out_per_group, in_per_group)
-    depth_words = -(-depth // (block.words * block.pack)) * block.words
-    rows_padded = -(-rows // block.rows) * block.rows
-    words = geometry.groups * geometry.kernel[0] * geometry.kernel[1] * depth_words * rows_padded
-    packed = queue.empty((words,), block.word)
-    kernels_of.pack(block).launch(
+    in_per_group = plan.depth if plan.transposed else plan.rows
+    depth_axis = 0 if plan.transposed else 1
+    kernel_h, kernel_w = weight.shape[2:]
+    words = plan.groups * kernel_h * kernel_w * plan.depth_words * plan.rows_padded
+    packed = queue.empty((words,), plan.block.word)
+    kernels_of.pack(plan.block).launch(
         queue,
         -(-words // 256),
         weight=pointer(weight),
@@ -359,19 +289,11 @@ def _pack(queue, weight, geometry, block, depth_axis):
         row_stride=strides[1 - depth_axis],
         tap_strides=strides[2:],
         words=words,
-        kernel_h=geometry.kernel[0],
-        kernel_w=geometry.kernel[1],
-        depth=depth,
-        depth_words=depth_words,
-        rows=rows,
-        rows_padded=rows_padded,
+        kernel_h=kernel_h,
+        kernel_w=kernel_w,
+        depth=plan.depth,
+        depth_words=plan.depth_words,
+        rows=plan.rows,
+        rows_padded=plan.rows_padded,
     )
-    return packed, depth_words, rows_padded
-
-
-def _slices(pixels, blocks_per_slice, weights, device):
-    """How many slices of pixels: enough to fill the device and to keep sums short, within the memory for partials."""
-    to_fill = -(-4 * device.multiprocessors // blocks_per_slice)
-    to_keep_short = -(-pixels // _SLICE_PIXELS)
-    affordable = max(1, _PARTIAL_BYTES // (8 * weights))
-    return max(1, min(max(to_fill, to_keep_short), affordable, -(-pixels // 64)))
+    return packed

@@ -72,32 +72,48 @@ SUM_SLICES = runtime.params(
 )
 
 
-@functools.cache
+CHANNEL_MIN = "conv_transpose2d_channel_min"
+
+
+# Kernels are cached by what their source depends on, so that a chain's numbers play no part.
+
+
 def _gather(name, type, threads, ending):
-    """A kernel made of gather.cuh; cached by what its source depends on, so that a chain's numbers play no part."""
+    """A kernel made of gather.cuh."""
     params = np.dtype([("gather", GATHER), ("ending", ending)], align=True)
     file = "input_gradient" if type.startswith("InputGradient") else "forward"
     return Kernel(name, f"conv_transpose2d/{file}.cu", type, threads, params)
 
 
 def store(block, chain):
-    ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", chain.params))
-    return _gather("conv_transpose2d", f"Forward<{block.type}, {chain.cpp}>", block.threads, ending)
+    return _store(block, chain.cpp, chain.params)
+
+
+@functools.cache
+def _store(block, cpp, chain_params):
+    ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", chain_params))
+    return _gather("conv_transpose2d", f"Forward<{block.type}, {cpp}>", block.threads, ending)
 
 
 def moments(block, chain):
+    return _moments(block, chain.cpp, chain.params)
+
+
+@functools.cache
+def _moments(block, cpp, chain_params):
     ending = runtime.params(
-        ("output", "u8"), ("bias", "u8"), ("moments", "u8"), ("slots", "i8"), ("chain", chain.params)
+        ("output", "u8"), ("bias", "u8"), ("moments", "u8"), ("slots", "i8"), ("chain", chain_params)
     )
-    type = f"ForwardWithMoments<{block.type}, {chain.cpp}>"
-    return _gather("conv_transpose2d_with_moments", type, block.threads, ending)
+    return _gather("conv_transpose2d_with_moments", f"ForwardWithMoments<{block.type}, {cpp}>", block.threads, ending)
 
 
-def channel_min(block, chain):
+@functools.cache
+def channel_min(block):
     ending = runtime.params(("values", "u8"), ("index", "u8"), ("bias", "u8"))
-    return _gather("conv_transpose2d_channel_min", f"ForwardChannelMin<{block.type}>", block.threads, ending)
+    return _gather(CHANNEL_MIN, f"ForwardChannelMin<{block.type}>", block.threads, ending)
 
 
+@functools.cache
 def input_gradient(block):
     ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", IDENTITY.params))
     return _gather("conv_transpose2d_input_gradient", f"InputGradient<{block.type}>", block.threads, ending)
@@ -132,7 +148,7 @@ def kernels():
             for chain in chains:
                 yield store(block, chain)
             yield moments(block, chain_of((epilogue.GELU(),)))
-            yield channel_min(block, IDENTITY)
+            yield channel_min(block)
             yield input_gradient(block)
             yield pack(block)
         for block in block_math.weight_gradient_choices(dtype, "tf32" if tensor_core else "ieee"):

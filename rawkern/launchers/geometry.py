@@ -1,5 +1,6 @@
 """Shape rules of the transposed convolution, written once: for launchers, autograd and modules."""
 
+import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 
 def pair(value, name):
     """`value`, an int or a sequence of one or two, as a pair of ints. Raises TypeError or RuntimeError, as torch."""
+    if type(value) is int:  # the common case
+        return value, value
     if isinstance(value, (tuple, list)):
         values = tuple(_int(item, name, "tuple of ints") for item in value)
         if len(values) not in (1, 2):
@@ -63,6 +66,11 @@ class Geometry:
         stride, padding = pair(stride, "stride"), pair(padding, "padding")
         output_padding, dilation = pair(output_padding, "output_padding"), pair(dilation, "dilation")
         groups = _int(groups, "groups", "int")
+        return cls._of(tuple(input_shape), tuple(weight_shape), stride, padding, output_padding, groups, dilation)
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def _of(cls, input_shape, weight_shape, stride, padding, output_padding, groups, dilation):
         geometry = cls(
             batch=input_shape[0],
             in_channels=input_shape[1],
@@ -117,7 +125,7 @@ class Geometry:
         if max(*self.input_shape, *self.output_shape, *self.padding, *self.stride, *extents) >= 2**29:
             raise RuntimeError("sizes of 2**29 and more along one dimension are not supported")
 
-    @property
+    @functools.cached_property
     def output_size(self):
         return tuple(
             (size - 1) * s - 2 * p + d * (k - 1) + o + 1
@@ -126,15 +134,15 @@ class Geometry:
             )
         )
 
-    @property
+    @functools.cached_property
     def input_shape(self):
         return (self.batch, self.in_channels, *self.input_size)
 
-    @property
+    @functools.cached_property
     def output_shape(self):
         return (self.batch, self.out_channels, *self.output_size)
 
-    @property
+    @functools.cached_property
     def weight_shape(self):
         return (self.in_channels, self.out_channels // self.groups, *self.kernel)
 
@@ -146,6 +154,7 @@ class Geometry:
                 f"{self.out_channels} elements, but got bias of size {list(shape)} instead"
             )
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  a geometry is a small value, and the cache bounded
     def axis(self, index, transposed):
         """The fields of `Axis` in axis.cuh for height (0) or width (1): in and out as the kernel gathers."""
         sizes = self.input_size[index], self.output_size[index]

@@ -1,7 +1,5 @@
 """Arrays made dense or brought into another's order of dimensions, by copies on the queue's stream."""
 
-import contextlib
-
 import numpy as np
 
 from ..runtime import is_dense
@@ -39,27 +37,13 @@ def is_arranged_as(array, model):
 def copy(queue, destination, source):
     """Copies `source` into `destination`, whose shape and dtype it has; returns `destination`."""
     unsigned = _SAME_SIZE[source.itemsize]  # the bits: not every library's copy knows every dtype
-    with _on_stream(queue):
+    with queue.device.on(queue.stream):
         destination.view(unsigned)[...] = source.view(unsigned)
     return destination
 
 
 def fill_zero(queue, array):
     """Sets all elements to zero; returns the array."""
-    with _on_stream(queue):
+    with queue.device.on(queue.stream):
         array.view(_SAME_SIZE[array.itemsize])[...] = 0
     return array
-
-
-@contextlib.contextmanager
-def _on_stream(queue):
-    if queue.device.name == "cpu":
-        yield
-        return
-    cuda = queue.device.xp.cuda
-    with cuda.Device(queue.device.index):
-        if queue.stream is None:
-            yield
-            return
-        with cuda.ExternalStream(queue.stream.ptr, queue.device.index):
-            yield

@@ -209,3 +209,19 @@ def _addresses(arrays, count):
 def _block_elements(body, itemsize):
     """Elements that a block of Elementwise<body> takes, its kBlockElements."""
     return THREADS * (16 // itemsize) * (4 if _INPUTS[body] == 1 else 2)
+
+
+def kernels():
+    """Every body, dtype and way to sum; a few chains stand for the endless number there can be."""
+    from ..epilogue import ELU, GELU, Add, Clamp, Minimum, Mish, Mul, Softplus
+
+    one = np.ones(1)
+    model = chain_of((Add(0.5), Minimum(0.0), GELU(), Mul(2.0)))
+    long = chain_of((Mul(one), Mish(), Clamp(-1.0, 1.0), Softplus(), Add(one), ELU(), GELU("tanh")))
+    for cpp_type in runtime.CPP_TYPES.values():
+        for body in _INPUTS:
+            for chain in (chain_of(GELU()), model, long):
+                yield kernel(body, cpp_type, chain.cpp, chain.params)
+        for body in ("Backward", "DoubleBackward"):
+            for walk in ("RowWalk", "ColumnWalk"):
+                yield kernel(body, cpp_type, long.cpp, long.params, walk)

@@ -37,15 +37,6 @@ class Queue:
         permuted = self.empty([array.shape[axis] for axis in order], dtype or array.dtype)
         return permuted.transpose(np.argsort(order)) if order else permuted
 
-    def contiguous(self, array):
-        """The array itself if it is C-contiguous (or None), otherwise a copy that is, made on this queue."""
-        if array is None or array.flags.c_contiguous:
-            return array
-        copy = self.empty(array.shape, array.dtype)
-        bits = np.dtype(f"u{array.itemsize}")  # a plain copy needs no arithmetic that knows bfloat16
-        self.device.assign(copy.view(bits), array.view(bits), self.stream)
-        return copy
-
 
 _EMULATOR = Emulator()
 

@@ -1,8 +1,31 @@
 """The GPU behind the runtime's interface: CuPy loads and launches what NVRTC compiled."""
 
+import contextlib
+
 import cupy
 
 from . import nvrtc
+
+
+def as_cupy_stream(stream):
+    """A CuPy stream for anything with a `ptr`."""
+    return stream if isinstance(stream, cupy.cuda.stream._BaseStream) else _from_pointer(stream.ptr)
+
+
+def _from_pointer(pointer):
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
+        return cupy.cuda.Stream.from_external(_Pointer(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
+class _Pointer:
+    """Speaks the CUDA stream protocol."""
+
+    def __init__(self, pointer):
+        self.pointer = pointer
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
 
 
 class Gpu:
@@ -29,20 +52,18 @@ class Gpu:
 
     def empty(self, shape, dtype, stream=None):
         """Memory of CuPy's pool that may be used in `stream` at once and be reused there when it is freed."""
-        with self._device:
-            if stream is None:
-                return cupy.empty(shape, dtype)
-            with cupy.cuda.ExternalStream(stream.ptr, self.index):
-                return cupy.empty(shape, dtype)
+        with self.on(stream):
+            return cupy.empty(shape, dtype)
 
-    def assign(self, destination, source, stream=None):
-        """Copies `source` into `destination`, of the same shape and dtype."""
+    @contextlib.contextmanager
+    def on(self, stream):
+        """A context in which CuPy's own operations run on this device, in `stream` (None: CuPy's current one)."""
         with self._device:
             if stream is None:
-                destination[...] = source
-            else:
-                with cupy.cuda.ExternalStream(stream.ptr, self.index):
-                    destination[...] = source
+                yield
+                return
+            with as_cupy_stream(stream):
+                yield
 
     def launch(self, kernel, grid, params, queue):
         function = self._functions.get(kernel) or self._load(kernel)
