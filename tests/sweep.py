@@ -1,0 +1,224 @@
+"""Runs launchers forward and backward on small odd NumPy arrays, for their memory accesses, not for their results.
+
+`python tests/sweep.py OP ...` runs the named ones (all without arguments); test_sanitizer.py does so under
+AddressSanitizer, test_compile.py to see which instantiations are launched.
+"""
+
+import functools
+import itertools
+import sys
+
+import numpy as np
+
+from rawkern import epilogue, runtime
+from rawkern.launchers import block_math
+from rawkern.launchers import conv_transpose2d_gelu_group_norm as fused_norm
+from rawkern.launchers import conv_transpose2d_min_sum_gelu_add as fused_min
+from rawkern.launchers import min_sum_gelu_add as min_sum
+from rawkern.launchers.chain import chain_of
+from rawkern.launchers.channel_sum import channel_sum
+from rawkern.launchers.conv_transpose2d import (
+    channel_min,
+    conv_transpose2d,
+    input_gradient,
+    weight_gradient,
+    with_moments,
+)
+from rawkern.launchers.gelu import gelu, gelu_backward, gelu_double_backward
+from rawkern.launchers.gelu_group_norm import gelu_group_norm, gelu_group_norm_backward
+from rawkern.launchers.geometry import Geometry
+from rawkern.launchers.group_norm import group_norm, group_norm_backward, group_norm_double_backward
+from rawkern.launchers.pointwise import pointwise, pointwise_backward, pointwise_double_backward
+
+MOMENTS = chain_of((epilogue.GELU(),))
+DTYPES = tuple(runtime.CPP_TYPES)
+
+
+def numbers(shape, dtype, seed=0):
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+
+
+def channels_last(array):
+    """The same values in channels-last memory."""
+    order = (0, *range(2, array.ndim), 1)
+    return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+
+
+def strided(array):
+    """The same values with holes between them."""
+    wide = np.full((*array.shape, 2), np.nan, array.dtype)
+    wide[..., 0] = array
+    return wide[..., 0]
+
+
+#: (N, C_in, H, W), (C_in, C_out / groups, kH, kW), stride, padding, output_padding, groups, dilation
+CONVOLUTIONS = (
+    ((1, 1, 1, 1), (1, 1, 1, 1), 1, 0, 0, 1, 1),
+    ((2, 3, 5, 4), (3, 5, 3, 3), 2, 1, 1, 1, 1),
+    ((1, 6, 3, 7), (6, 3, 2, 4), (3, 2), (0, 1), (2, 0), 3, (1, 2)),
+    ((3, 4, 6, 2), (4, 1, 5, 1), (1, 5), (2, 0), (0, 3), 4, 1),
+)
+LARGER = ((1, 9, 9, 16), (9, 70, 1, 2), 1, 0, 0, 1, 2)
+
+
+def sweep_conv_transpose2d():
+    model = (epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0))
+    for dtype, (index, case) in itertools.product(DTYPES, enumerate(CONVOLUTIONS)):
+        input_shape, weight_shape, *rest = case
+        geometry = Geometry.of(input_shape, weight_shape, *rest)
+        input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
+        bias, grad = numbers(geometry.out_channels, dtype, 2), numbers(geometry.output_shape, dtype, 3)
+        for precision in ("ieee", "tf32") if dtype == np.float32 else ("ieee",):
+            options = dict(precision=precision)
+            conv_transpose2d(input, weight, bias, *rest, epilogue=model if index % 2 else (), **options)
+            conv_transpose2d(channels_last(input), strided(weight), None, *rest, **options)
+            input_gradient(grad, weight, geometry, **options)
+            input_gradient(channels_last(grad), strided(weight), geometry, **options)
+            weight_gradient(input, grad, geometry, **options)
+            weight_gradient(strided(input), channels_last(grad), geometry, **options)
+            channel_min(input, weight, bias, geometry, **options)
+            with_moments(input, weight, bias, MOMENTS, geometry, **options)
+
+
+def sweep_conv_transpose2d_blocks():
+    """Every size of block, also where the launcher would not choose it."""
+    input_shape, weight_shape, *rest = LARGER
+    geometry = Geometry.of(input_shape, weight_shape, *rest)
+    choose = block_math.choose
+    try:
+        for (dtype, tensor_core), candidates in block_math.CHOICES.items():
+            if dtype == runtime.bfloat16:
+                continue  # the blocks of float16
+            input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
+            grad = numbers(geometry.output_shape, dtype, 3)
+            precision = "tf32" if tensor_core else "ieee"
+            for wanted in candidates:
+                block_math.choose = functools.partial(_choose, choose, wanted)
+                conv_transpose2d(input, weight, None, *rest, precision=precision)
+                input_gradient(grad, weight, geometry, precision=precision)
+                weight_gradient(input, grad, geometry, precision=precision)
+    finally:
+        block_math.choose = choose
+
+
+def _choose(choose, wanted, candidates, *sizes):
+    return wanted if wanted in candidates else choose(candidates, *sizes)
+
+
+def sweep_conv_transpose2d_min_sum_gelu_add():
+    for dtype, case in itertools.product(DTYPES, CONVOLUTIONS[1:]):
+        input_shape, weight_shape, *rest = case
+        geometry = Geometry.of(input_shape, weight_shape, *rest)
+        input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
+        conv_bias, bias = numbers(geometry.out_channels, dtype, 2), numbers((3, 1, 1), dtype, 3)
+        index = np.empty((geometry.batch, *geometry.output_size), np.int32)
+        sums = np.empty((geometry.batch, geometry.output_size[1]), runtime.accumulator(dtype))
+        out = fused_min.conv_transpose2d_min_sum_gelu_add(input, weight, conv_bias, bias, *rest, index=index, sums=sums)
+        grad_sum = min_sum.sum_gradient(out, sums)
+        for arrange in (np.ascontiguousarray, channels_last):
+            fused_min.input_gradient(grad_sum, index, weight, geometry, out=arrange(np.empty_like(input)))
+            fused_min.weight_gradient(grad_sum, index, arrange(input), geometry)
+        fused_min.conv_bias_gradient(grad_sum, index, geometry, dtype)
+
+
+def sweep_conv_transpose2d_gelu_group_norm():
+    for dtype, case in itertools.product(DTYPES, CONVOLUTIONS[1:]):
+        input_shape, weight_shape, *rest = case
+        geometry = Geometry.of(input_shape, weight_shape, *rest)
+        input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
+        bias, norm_weight = numbers(geometry.out_channels, dtype, 2), numbers(geometry.out_channels, dtype, 3)
+        num_groups = next(n for n in (5, 3, 2, 1) if geometry.out_channels % n == 0)
+        mean, rstd = np.empty((2, geometry.batch, num_groups))
+        for arrange in (np.ascontiguousarray, channels_last):
+            saved = arrange(np.empty(geometry.output_shape, dtype))
+            out = fused_norm.conv_transpose2d_gelu_group_norm(
+                arrange(input),
+                weight,
+                bias,
+                num_groups,
+                norm_weight,
+                bias,
+                1e-5,
+                *rest,
+                saved=saved,
+                mean=mean,
+                rstd=rstd,
+            )
+            fused_norm.conv_transpose2d_gelu_group_norm_backward(
+                out, input, weight, saved, mean, rstd, norm_weight, geometry
+            )
+
+
+def sweep_group_norm():
+    """Group normalisation and its two derivatives, plain and with GELU before it."""
+    shapes = ((2, 6), (3, 4, 5), (2, 6, 3, 7), (1, 8, 17, 33), (2, 4, 2, 3, 5), (1, 12, 1, 1), (5, 70, 3, 1))
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+        input, grad = arrange(numbers(shape, dtype)), arrange(numbers(shape, dtype, 1))
+        weight = numbers(shape[1], dtype, 2)
+        mean, rstd = np.empty((2, shape[0], 2))
+        group_norm(input, 2, weight, weight, mean=mean, rstd=rstd)
+        group_norm_backward(grad, input, mean, rstd, weight)
+        grads = dict(grad_grad_input=grad, grad_grad_weight=weight, grad_grad_bias=weight)
+        group_norm_double_backward(grad, input, mean, rstd, weight, **grads)
+        gelu_group_norm(input, 2, mean=mean, rstd=rstd)
+        gelu_group_norm_backward(grad, input, mean, rstd)
+
+
+def sweep_min_sum_gelu_add():
+    shapes = ((1, 1, 1, 1), (2, 5, 3, 7), (3, 33, 9, 4), (1, 70, 2, 65))
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+        batch, _, height, width = shape
+        input = arrange(numbers(shape, dtype))
+        index = np.empty((batch, height, width), np.int32)
+        sums = np.empty((batch, width), runtime.accumulator(dtype))
+        for bias_shape in ((1, 1, 1), (3, 1, 1), (batch, 1, 2, width), (2, 1, 1, 1, 1)):
+            out = min_sum.min_sum_gelu_add(input, numbers(bias_shape, dtype, 1), index=index, sums=sums)
+            grad_sum = min_sum.sum_gradient(out, sums)
+            min_sum.bias_gradient(out, bias_shape)
+        min_sum.input_gradient(grad_sum, index, shape, dtype)
+        if arrange is channels_last:
+            min_sum.input_gradient(grad_sum, index, shape, dtype, out=channels_last(np.empty(shape, dtype)))
+
+
+def sweep_pointwise():
+    """Chains without and with tensors, and their two derivatives."""
+    for dtype, shape in itertools.product(DTYPES, ((1,), (3, 5), (2, 3, 5, 7), (1, 5, 33, 31), (70, 2))):
+        tensors = (
+            numbers((1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else (1,), dtype, 1),
+            numbers((), dtype),
+        )
+        chains = (
+            (epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)),
+            (epilogue.Mul(tensors[0]), epilogue.SiLU(), epilogue.Sub(tensors[1])),
+        )
+        for chain, arrange in itertools.product(chains, (np.ascontiguousarray, channels_last, strided)):
+            if len(shape) == 1 and arrange is channels_last:
+                continue
+            input, grad = arrange(numbers(shape, dtype, 2)), arrange(numbers(shape, dtype, 3))
+            pointwise(input, chain)
+            pointwise_backward(grad, input, chain)
+            grad_grad_tensors = tensors if any(function.tensor is not None for function in chain) else ()
+            pointwise_double_backward(grad, input, chain, grad, grad_grad_tensors)
+
+
+def sweep_gelu():
+    for dtype, size, approximate in itertools.product(DTYPES, (1, 7, 1000), ("none", "tanh")):
+        input = numbers(size, dtype)
+        gelu(input, approximate)
+        gelu_backward(input, input, approximate)
+        gelu_double_backward(input, input, input, approximate)
+
+
+def sweep_channel_sum():
+    shapes = ((1, 1), (3, 5), (7, 3, 9), (2, 33, 5, 7), (1, 2, 70, 33), (65, 3, 2, 1))
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+        for axis in range(len(shape)):
+            channel_sum(arrange(numbers(shape, dtype)), axis)
+
+
+SWEEPS = {name.removeprefix("sweep_"): value for name, value in list(globals().items()) if name.startswith("sweep_")}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or SWEEPS:
+        SWEEPS[name]()
+        print(name, "done")

@@ -1,0 +1,117 @@
+"""Every instantiation of every kernel compiles for every supported architecture, without a GPU, and keeps its values in
+registers: nothing spilled, no stack."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+import sweep
+
+import rawkern.launchers
+from rawkern import runtime
+from rawkern.runtime import emulator, nvrtc, source
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+MODULES = {
+    info.name: importlib.import_module(f"rawkern.launchers.{info.name}")
+    for info in pkgutil.iter_modules(rawkern.launchers.__path__)
+}
+_PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def kernels():
+    """{test name: Kernel}: all of them, each once."""
+    found = {}
+    for module in MODULES.values():
+        for kernel in getattr(module, "kernels", tuple)():
+            found.setdefault((kernel.file, kernel.type, kernel.threads), kernel)
+    return {f"{kernel.file.removesuffix('.cu')}: {kernel.type}": kernel for kernel in found.values()}
+
+
+KERNELS = kernels()
+
+
+# pytest cuts long names, and a cut name tells nothing: the number comes first.
+@pytest.mark.parametrize("name", KERNELS, ids=[f"{i}-{name}"[:90] for i, name in enumerate(KERNELS)])
+def test_compiles_without_spills(name):
+    problems = []
+    for arch in ARCHITECTURES:
+        cubin, log = nvrtc.compile_cubin(KERNELS[name], arch)
+        properties = _PROPERTIES.findall(log)
+        assert cubin and properties, f"{arch}: no report by the assembler in:\n{log}"
+        if any(int(number) for numbers in properties for number in numbers):
+            problems += [f"{arch}: {line.strip()}" for line in log.splitlines() if _PROPERTIES.search(line)]
+    assert not problems, f"registers do not suffice in {name}:\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_launchers_list_their_kernels(module):
+    builds = re.search(r"\bKernel\(", inspect.getsource(MODULES[module]))
+    if not builds:
+        return
+    assert hasattr(MODULES[module], "kernels"), f"rawkern/launchers/{module}.py builds kernels and has no kernels()"
+    listed = list(MODULES[module].kernels())
+    assert listed and all(isinstance(kernel, runtime.Kernel) for kernel in listed)
+    for dtype in runtime.CPP_TYPES.values():
+        assert any(re.search(rf"\b{dtype}\b", kernel.type) for kernel in listed), f"no instantiation for {dtype}"
+
+
+def without_chain(kernel):
+    """(file, type) with every chain of functions, of which there are endlessly many, made the same."""
+    text = kernel.type
+    while (start := re.search(r"\bChain<(?!>)", text)) is not None:
+        end, depth = start.end(), 1
+        while depth:
+            depth += {"<": 1, ">": -1}.get(text[end], 0)
+            end += 1
+        text = f"{text[: start.start()]}Chain<>{text[end:]}"
+    return kernel.file, text
+
+
+@pytest.mark.parametrize("op", sweep.SWEEPS)
+def test_what_is_launched_is_listed(op, monkeypatch):
+    launched = {}
+
+    def launch(self, kernel, grid, params, queue):
+        launched[without_chain(kernel)] = kernel.type
+
+    monkeypatch.setattr(emulator.Emulator, "launch", launch)  # what is launched does not depend on results
+    sweep.SWEEPS[op]()
+    listed = {without_chain(kernel) for kernel in KERNELS.values()}
+    assert launched
+    assert set(launched) <= listed, [launched[key] for key in set(launched) - listed]
+
+
+def test_every_source_file_is_compiled():
+    files = {path.relative_to(source.root()).as_posix() for path in source.root().rglob("*.cu")}
+    assert files == {kernel.file for kernel in KERNELS.values()}
+
+
+def test_a_spill_would_be_noticed(tmp_path):
+    """The assembler's report is read rightly: a kernel that cannot keep its values in registers."""
+    (tmp_path / "spill.cu").write_text(
+        """
+        #include "platform.cuh"
+        namespace rawkern {
+        struct Spill {
+          struct Params { float* data; int count; };
+          static constexpr int kThreads = 1024;
+          static constexpr int kMinBlocks = 2;
+          __device__ static void run(const Params& p) {
+            float values[100];
+            for (int i = 0; i < 100; ++i) values[i] = p.data[i * p.count + threadIdx.x];
+            for (int round = 0; round < p.count; ++round)
+              for (int i = 0; i < 100; ++i) values[i] = values[i] * values[(i + 1) % 100] + values[(i * 7) % 100];
+            for (int i = 0; i < 100; ++i) p.data[i * p.count + threadIdx.x] = values[i];
+          }
+        };
+        }
+        """
+    )
+    kernel = runtime.Kernel(
+        "spill", "spill.cu", "Spill", 1024, runtime.params(("data", "u8"), ("count", "i4")), folder=tmp_path
+    )
+    _, log = nvrtc.compile_cubin(kernel, "sm_90a")
+    assert any(int(stores) for _, stores, _ in _PROPERTIES.findall(log))
