@@ -85,8 +85,8 @@ class ConvTranspose2d(Operation):
         return problem.size.output_shape
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import conv_transpose2d as launcher
         from rawkern.launchers.channel_sum import channel_sum
+        from rawkern.launchers.conv_transpose2d import conv_transpose2d, input_gradient, weight_gradient
         from rawkern.launchers.geometry import Geometry
         from rawkern.launchers.pointwise import pointwise_backward
 
@@ -94,16 +94,16 @@ class ConvTranspose2d(Operation):
         if direction == "forward":
             epilogue = problem["epilogue"]()
             options = {"epilogue": epilogue, "precision": precision, "out": out[0]}
-            return (launcher.conv_transpose2d(*arrays.values(), *conv.arguments, **options),)
+            return (conv_transpose2d(*arrays.values(), *conv.arguments, **options),)
         geometry = Geometry.of(conv.input_shape, conv.weight_shape, *conv.arguments)
         if direction != "backward":
-            gradient = getattr(launcher, direction)
+            gradient = {"input_gradient": input_gradient, "weight_gradient": weight_gradient}[direction]
             return (gradient(*arrays.values(), geometry, precision=precision, out=out[0]),)
         grad_output, saved, input, weight = arrays.values()
         (grad,) = pointwise_backward(grad_output, saved, problem["epilogue"]())
         return (
-            launcher.input_gradient(grad, weight, geometry, precision=precision, out=out[0]),
-            launcher.weight_gradient(input, grad, geometry, precision=precision, out=out[1]),
+            input_gradient(grad, weight, geometry, precision=precision, out=out[0]),
+            weight_gradient(input, grad, geometry, precision=precision, out=out[1]),
             channel_sum(grad, out=out[2]),
         )
 

@@ -64,20 +64,25 @@ class ConvTranspose2dGELUGroupNorm(Operation):
         return Cost((sums, gradients))
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import conv_transpose2d_gelu_group_norm as launcher
+        from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+            conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
+        )
+        from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+            conv_transpose2d_gelu_group_norm_backward as launch_conv_transpose2d_gelu_group_norm_backward,
+        )
         from rawkern.launchers.geometry import Geometry
 
         conv, a = problem.size, arrays
         if direction == "forward":
             return (
-                launcher.conv_transpose2d_gelu_group_norm(
+                launch_conv_transpose2d_gelu_group_norm(
                     a["input"], a["weight"], a["conv_bias"], problem["groups"], a["norm_weight"], a["norm_bias"], EPS,
                     *conv.arguments, precision=precision, out=out[0] if out else None,
                 ),
             )  # fmt: skip
         geometry = Geometry.of(conv.input_shape, conv.weight_shape, *conv.arguments)
         options = {"outs": tuple(out)} if out else {}
-        return launcher.conv_transpose2d_gelu_group_norm_backward(*a.values(), geometry, precision=precision, **options)
+        return launch_conv_transpose2d_gelu_group_norm_backward(*a.values(), geometry, precision=precision, **options)
 
     def checks(self, problem, direction, arrays, results, pick):
         conv = problem.size

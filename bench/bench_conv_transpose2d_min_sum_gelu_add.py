@@ -56,24 +56,32 @@ class ConvTranspose2dMinSumGELUAdd(Operation):
         return (problem.size.batch, 1, 1, problem.size.out_size[1])
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import conv_transpose2d_min_sum_gelu_add as launcher
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import bias_gradient as launch_bias_gradient
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import conv_bias_gradient as launch_conv_bias_gradient
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import (
+            conv_transpose2d_min_sum_gelu_add as launch_conv_transpose2d_min_sum_gelu_add,
+        )
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import geometry_of as launch_geometry_of
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import input_gradient as launch_input_gradient
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import sum_gradient as launch_sum_gradient
+        from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import weight_gradient as launch_weight_gradient
 
         conv = problem.size
         if direction == "forward":
             return (
-                launcher.conv_transpose2d_min_sum_gelu_add(
+                launch_conv_transpose2d_min_sum_gelu_add(
                     *arrays.values(), *conv.arguments, precision=precision, out=out[0] if out else None
                 ),
             )
         outs = out or (None,) * 4
         grad_output, sums, index, input, weight = arrays.values()
-        geometry = launcher.geometry_of(conv.input_shape, conv.weight_shape, *conv.arguments)
-        grad_sum = launcher.sum_gradient(grad_output, sums)
+        geometry = launch_geometry_of(conv.input_shape, conv.weight_shape, *conv.arguments)
+        grad_sum = launch_sum_gradient(grad_output, sums)
         return (
-            launcher.input_gradient(grad_sum, index, weight, geometry, out=outs[0]),
-            launcher.weight_gradient(grad_sum, index, input, geometry, out=outs[1]),
-            launcher.conv_bias_gradient(grad_sum, index, geometry, input.dtype, out=outs[2]),
-            launcher.bias_gradient(grad_output, (1, 1, 1), out=outs[3]),
+            launch_input_gradient(grad_sum, index, weight, geometry, out=outs[0]),
+            launch_weight_gradient(grad_sum, index, input, geometry, out=outs[1]),
+            launch_conv_bias_gradient(grad_sum, index, geometry, input.dtype, out=outs[2]),
+            launch_bias_gradient(grad_output, (1, 1, 1), out=outs[3]),
         )
 
     def checks(self, problem, direction, arrays, results, pick):

@@ -13,10 +13,11 @@ class GELU(Elementwise):
         return (GELU(),)
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import gelu as launcher
+        from rawkern.launchers.gelu import gelu as launch_gelu
+        from rawkern.launchers.gelu import gelu_backward as launch_gelu_backward
 
         (out,) = out or (None,)
-        function = launcher.gelu if direction == "forward" else launcher.gelu_backward
+        function = launch_gelu if direction == "forward" else launch_gelu_backward
         return (function(*arrays.values(), out=out),)
 
     def torch(self, problem):

@@ -9,19 +9,18 @@ class WithGELU(GroupNorm):
     with_gelu = True
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import gelu_group_norm as launcher
+        from rawkern.launchers.gelu_group_norm import gelu_group_norm as launch_gelu_group_norm
+        from rawkern.launchers.gelu_group_norm import gelu_group_norm_backward as launch_gelu_group_norm_backward
 
         a = arrays
         if direction == "forward":
             return (
-                launcher.gelu_group_norm(
+                launch_gelu_group_norm(
                     a["input"], problem["groups"], a["weight"], a["bias"], EPS, out=out[0] if out else None
                 ),
             )
         outs = dict(zip(("grad_input", "grad_weight", "grad_bias"), out or (), strict=False))
-        return launcher.gelu_group_norm_backward(
-            a["grad_output"], a["input"], a["mean"], a["rstd"], a["weight"], **outs
-        )
+        return launch_gelu_group_norm_backward(a["grad_output"], a["input"], a["mean"], a["rstd"], a["weight"], **outs)
 
     def torch(self, problem):
         import torch

@@ -8,17 +8,18 @@ class Plain(GroupNorm):
     problems = GroupNorm.problems_of(name)
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import group_norm as launcher
+        from rawkern.launchers.group_norm import group_norm as launch_group_norm
+        from rawkern.launchers.group_norm import group_norm_backward as launch_group_norm_backward
 
         a = arrays
         if direction == "forward":
             return (
-                launcher.group_norm(
+                launch_group_norm(
                     a["input"], problem["groups"], a["weight"], a["bias"], EPS, out=out[0] if out else None
                 ),
             )
         outs = dict(zip(("grad_input", "grad_weight", "grad_bias"), out or (), strict=False))
-        return launcher.group_norm_backward(a["grad_output"], a["input"], a["mean"], a["rstd"], a["weight"], **outs)
+        return launch_group_norm_backward(a["grad_output"], a["input"], a["mean"], a["rstd"], a["weight"], **outs)
 
     def torch(self, problem):
         import torch

@@ -60,16 +60,19 @@ class MinSumGELUAdd(Operation):
         return (problem.size[0], 1, 1, problem.size[3])
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import min_sum_gelu_add as launcher
+        from rawkern.launchers.min_sum_gelu_add import bias_gradient as launch_bias_gradient
+        from rawkern.launchers.min_sum_gelu_add import input_gradient as launch_input_gradient
+        from rawkern.launchers.min_sum_gelu_add import min_sum_gelu_add as launch_min_sum_gelu_add
+        from rawkern.launchers.min_sum_gelu_add import sum_gradient as launch_sum_gradient
 
         if direction == "forward":
-            return (launcher.min_sum_gelu_add(*arrays.values(), out=out[0] if out else None),)
+            return (launch_min_sum_gelu_add(*arrays.values(), out=out[0] if out else None),)
         grad_input, grad_bias = out or (None, None)
         grad_output, sums, index = arrays.values()
-        grad_sum = launcher.sum_gradient(grad_output, sums)
+        grad_sum = launch_sum_gradient(grad_output, sums)
         return (
-            launcher.input_gradient(grad_sum, index, problem.size, grad_output.dtype, out=grad_input),
-            launcher.bias_gradient(grad_output, (1, 1, 1), out=grad_bias),
+            launch_input_gradient(grad_sum, index, problem.size, grad_output.dtype, out=grad_input),
+            launch_bias_gradient(grad_output, (1, 1, 1), out=grad_bias),
         )
 
     def checks(self, problem, direction, arrays, results, pick):

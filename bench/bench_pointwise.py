@@ -13,11 +13,12 @@ class Pointwise(Elementwise):
         return Add(0.5), Clamp(-3.0, 3.0), SiLU(), Mul(0.25), Tanh()
 
     def call(self, problem, direction, arrays, precision, out=None):
-        from rawkern.launchers import pointwise as launcher
+        from rawkern.launchers.pointwise import pointwise as launch_pointwise
+        from rawkern.launchers.pointwise import pointwise_backward as launch_pointwise_backward
 
         if direction == "forward":
-            return (launcher.pointwise(arrays["input"], self.chain(), out=out[0] if out else None),)
-        return launcher.pointwise_backward(*arrays.values(), self.chain(), out=tuple(out) if out else None)
+            return (launch_pointwise(arrays["input"], self.chain(), out=out[0] if out else None),)
+        return launch_pointwise_backward(*arrays.values(), self.chain(), out=tuple(out) if out else None)
 
     def torch(self, problem):
         import torch

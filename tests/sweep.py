@@ -12,9 +12,6 @@ import numpy as np
 
 from rawkern import epilogue, runtime
 from rawkern.launchers import block_math
-from rawkern.launchers import conv_transpose2d_gelu_group_norm as fused_norm
-from rawkern.launchers import conv_transpose2d_min_sum_gelu_add as fused_min
-from rawkern.launchers import min_sum_gelu_add as min_sum
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.channel_sum import channel_sum
 from rawkern.launchers.conv_transpose2d import (
@@ -24,10 +21,26 @@ from rawkern.launchers.conv_transpose2d import (
     weight_gradient,
     with_moments,
 )
+from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm as fused_norm_conv_transpose2d_gelu_group_norm,
+)
+from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm_backward as fused_norm_conv_transpose2d_gelu_group_norm_backward,
+)
+from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import conv_bias_gradient as fused_min_conv_bias_gradient
+from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import (
+    conv_transpose2d_min_sum_gelu_add as fused_min_conv_transpose2d_min_sum_gelu_add,
+)
+from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import input_gradient as fused_min_input_gradient
+from rawkern.launchers.conv_transpose2d_min_sum_gelu_add import weight_gradient as fused_min_weight_gradient
 from rawkern.launchers.gelu import gelu, gelu_backward, gelu_double_backward
 from rawkern.launchers.gelu_group_norm import gelu_group_norm, gelu_group_norm_backward
 from rawkern.launchers.geometry import Geometry
 from rawkern.launchers.group_norm import group_norm, group_norm_backward, group_norm_double_backward
+from rawkern.launchers.min_sum_gelu_add import bias_gradient as min_sum_bias_gradient
+from rawkern.launchers.min_sum_gelu_add import input_gradient as min_sum_input_gradient
+from rawkern.launchers.min_sum_gelu_add import min_sum_gelu_add as min_sum_min_sum_gelu_add
+from rawkern.launchers.min_sum_gelu_add import sum_gradient as min_sum_sum_gradient
 from rawkern.launchers.pointwise import pointwise, pointwise_backward, pointwise_double_backward
 
 MOMENTS = chain_of((epilogue.GELU(),))
@@ -113,12 +126,12 @@ def sweep_conv_transpose2d_min_sum_gelu_add():
         conv_bias, bias = numbers(geometry.out_channels, dtype, 2), numbers((3, 1, 1), dtype, 3)
         index = np.empty((geometry.batch, *geometry.output_size), np.int32)
         sums = np.empty((geometry.batch, geometry.output_size[1]), runtime.accumulator(dtype))
-        out = fused_min.conv_transpose2d_min_sum_gelu_add(input, weight, conv_bias, bias, *rest, index=index, sums=sums)
-        grad_sum = min_sum.sum_gradient(out, sums)
+        out = fused_min_conv_transpose2d_min_sum_gelu_add(input, weight, conv_bias, bias, *rest, index=index, sums=sums)
+        grad_sum = min_sum_sum_gradient(out, sums)
         for arrange in (np.ascontiguousarray, channels_last):
-            fused_min.input_gradient(grad_sum, index, weight, geometry, out=arrange(np.empty_like(input)))
-            fused_min.weight_gradient(grad_sum, index, arrange(input), geometry)
-        fused_min.conv_bias_gradient(grad_sum, index, geometry, dtype)
+            fused_min_input_gradient(grad_sum, index, weight, geometry, out=arrange(np.empty_like(input)))
+            fused_min_weight_gradient(grad_sum, index, arrange(input), geometry)
+        fused_min_conv_bias_gradient(grad_sum, index, geometry, dtype)
 
 
 def sweep_conv_transpose2d_gelu_group_norm():
@@ -131,7 +144,7 @@ def sweep_conv_transpose2d_gelu_group_norm():
         mean, rstd = np.empty((2, geometry.batch, num_groups))
         for arrange in (np.ascontiguousarray, channels_last):
             saved = arrange(np.empty(geometry.output_shape, dtype))
-            out = fused_norm.conv_transpose2d_gelu_group_norm(
+            out = fused_norm_conv_transpose2d_gelu_group_norm(
                 arrange(input),
                 weight,
                 bias,
@@ -144,7 +157,7 @@ def sweep_conv_transpose2d_gelu_group_norm():
                 mean=mean,
                 rstd=rstd,
             )
-            fused_norm.conv_transpose2d_gelu_group_norm_backward(
+            fused_norm_conv_transpose2d_gelu_group_norm_backward(
                 out, input, weight, saved, mean, rstd, norm_weight, geometry
             )
 
@@ -172,12 +185,12 @@ def sweep_min_sum_gelu_add():
         index = np.empty((batch, height, width), np.int32)
         sums = np.empty((batch, width), runtime.accumulator(dtype))
         for bias_shape in ((1, 1, 1), (3, 1, 1), (batch, 1, 2, width), (2, 1, 1, 1, 1)):
-            out = min_sum.min_sum_gelu_add(input, numbers(bias_shape, dtype, 1), index=index, sums=sums)
-            grad_sum = min_sum.sum_gradient(out, sums)
-            min_sum.bias_gradient(out, bias_shape)
-        min_sum.input_gradient(grad_sum, index, shape, dtype)
+            out = min_sum_min_sum_gelu_add(input, numbers(bias_shape, dtype, 1), index=index, sums=sums)
+            grad_sum = min_sum_sum_gradient(out, sums)
+            min_sum_bias_gradient(out, bias_shape)
+        min_sum_input_gradient(grad_sum, index, shape, dtype)
         if arrange is channels_last:
-            min_sum.input_gradient(grad_sum, index, shape, dtype, out=channels_last(np.empty(shape, dtype)))
+            min_sum_input_gradient(grad_sum, index, shape, dtype, out=channels_last(np.empty(shape, dtype)))
 
 
 def sweep_pointwise():

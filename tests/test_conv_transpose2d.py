@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import rawkern
 from rawkern import launchers
 from rawkern.epilogue import ELU, GELU, Add, Clamp, Minimum, Mul, Sigmoid, SiLU, Tanh
+from rawkern.launchers.conv_transpose2d import input_gradient, weight_gradient
 from rawkern.launchers.geometry import Geometry
 from rawkern.testing import TF32_ROUNDING, assert_as_accurate_as_torch, assert_parity
 
@@ -353,9 +354,9 @@ def test_launchers_on_arrays(device):
     geometry = Geometry.of(x.shape, w.shape, stride=2)
     out = xp.full(geometry.output_shape, xp.nan, dtype=xp.float32)
     results = (
-        launchers.conv_transpose2d.conv_transpose2d(*arrays[:3], stride=2, out=out),
-        launchers.conv_transpose2d.input_gradient(arrays[3], arrays[1], geometry),
-        launchers.conv_transpose2d.weight_gradient(arrays[0], arrays[3], geometry),
+        launchers.conv_transpose2d(*arrays[:3], stride=2, out=out),
+        input_gradient(arrays[3], arrays[1], geometry),
+        weight_gradient(arrays[0], arrays[3], geometry),
     )
     assert results[0] is out
     for ours, measure, oracle in zip(results, measures, oracles, strict=True):
@@ -367,7 +368,7 @@ def test_out_of_the_wrong_kind():
     x, w = np.zeros((1, 2, 3, 3), np.float32), np.zeros((2, 2, 2, 2), np.float32)
     for out in (np.zeros((1, 2, 4, 5), np.float32), np.zeros((1, 2, 4, 4), np.float64)):
         with pytest.raises(ValueError, match="out has"):
-            launchers.conv_transpose2d.conv_transpose2d(x, w, out=out)
+            launchers.conv_transpose2d(x, w, out=out)
 
 
 # Mistakes

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import rawkern
-from rawkern.launchers import conv_transpose2d_gelu_group_norm as launchers
+from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
+)
+from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm_backward as launch_conv_transpose2d_gelu_group_norm_backward,
+)
 from rawkern.launchers.geometry import Geometry
 from rawkern.runtime import Kernel
 from rawkern.testing import TF32_ROUNDING, assert_parity
@@ -223,13 +228,13 @@ def test_arrays():
     arguments = problem(stride=2)
     expected = composed(**arguments)
     arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    function = launchers.conv_transpose2d_gelu_group_norm
+    function = launch_conv_transpose2d_gelu_group_norm
     np.testing.assert_allclose(function(**arrays), expected, atol=1e-12)
     saved, out, mean, rstd = np.empty(expected.shape), np.empty(expected.shape), np.empty((2, 4)), np.empty((2, 4))
     assert function(**arrays, saved=saved, out=out, mean=mean, rstd=rstd) is out
     np.testing.assert_allclose(out, expected, atol=1e-12)
     geometry = Geometry.of(arrays["input"].shape, arrays["weight"].shape, stride=2)
-    grads = launchers.conv_transpose2d_gelu_group_norm_backward(
+    grads = launch_conv_transpose2d_gelu_group_norm_backward(
         np.ones(expected.shape), arrays["input"], arrays["weight"], saved, mean, rstd, arrays["norm_weight"], geometry,
         needs=(True, False, True, True, False),
     )  # fmt: skip

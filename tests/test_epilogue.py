@@ -30,8 +30,8 @@ from rawkern.epilogue import (
     Sub,
     Tanh,
 )
-from rawkern.launchers import pointwise as launcher
 from rawkern.launchers.chain import chain_of
+from rawkern.launchers.pointwise import kernel as launch_kernel
 from rawkern.testing import assert_as_accurate_as_torch
 
 INF, NAN = math.inf, math.nan
@@ -227,7 +227,7 @@ def test_ties_with_numbers_the_dtype_rounds(dtype, device):
 def test_a_new_number_compiles_nothing():
     def kernels(number):
         chain = chain_of((Add(number), Clamp(min=number), Softplus(number)))
-        return [launcher.kernel(body, "float", chain.cpp, chain.params) for body in ("Forward", "Backward")]
+        return [launch_kernel(body, "float", chain.cpp, chain.params) for body in ("Forward", "Backward")]
 
     assert all(a is b for a, b in zip(kernels(1.0), kernels(2.5), strict=True))
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 import rawkern
 from rawkern.autograd.dlpack import to_array
-from rawkern.launchers import gelu as launcher
+from rawkern.launchers.gelu import gelu as launch_gelu
+from rawkern.launchers.gelu import gelu_backward as launch_gelu_backward
+from rawkern.launchers.gelu import gelu_double_backward as launch_gelu_double_backward
 from rawkern.testing import assert_as_accurate_as_torch, assert_parity
 
 FORMS = ["none", "tanh"]
@@ -104,11 +106,11 @@ def test_arrays(device):
         (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
         expected = [y, gx, *torch.autograd.grad(gx, (g, x), gg)]
         results = [
-            launcher.gelu(arrays[0], approximate),
-            launcher.gelu_backward(arrays[1], arrays[0], approximate),
-            *launcher.gelu_double_backward(arrays[1], arrays[0], arrays[2], approximate),
+            launch_gelu(arrays[0], approximate),
+            launch_gelu_backward(arrays[1], arrays[0], approximate),
+            *launch_gelu_double_backward(arrays[1], arrays[0], arrays[2], approximate),
         ]
         for ours, theirs in zip(results, expected, strict=True):
             np.testing.assert_allclose(ours.tolist(), theirs.tolist(), rtol=1e-4, atol=1e-6)
         out = arrays[0].copy()
-        assert launcher.gelu(arrays[0], approximate, out=out) is out and (out == results[0]).all()
+        assert launch_gelu(arrays[0], approximate, out=out) is out and (out == results[0]).all()

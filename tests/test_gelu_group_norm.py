@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import rawkern
-from rawkern.launchers import gelu_group_norm as launchers
+from rawkern.launchers.gelu_group_norm import gelu_group_norm as launch_gelu_group_norm
 from rawkern.testing import assert_parity
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -148,5 +148,5 @@ def test_two_runs_are_equal(device):
 
 def test_arrays():
     input = drawn(2, 6, 4, 5)
-    result = launchers.gelu_group_norm(input.numpy(), 3, approximate="tanh")
+    result = launch_gelu_group_norm(input.numpy(), 3, approximate="tanh")
     torch.testing.assert_close(torch.from_numpy(result), composed(input, 3, approximate="tanh"))

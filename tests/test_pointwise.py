@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 import rawkern
 from rawkern.autograd.dlpack import to_array
 from rawkern.epilogue import GELU, Add, Div, Minimum, Mish, Mul, ReLU, Softplus, Sub
-from rawkern.launchers import pointwise as launcher
+from rawkern.launchers.pointwise import pointwise as launch_pointwise
+from rawkern.launchers.pointwise import pointwise_backward as launch_pointwise_backward
+from rawkern.launchers.pointwise import pointwise_double_backward as launch_pointwise_double_backward
 from rawkern.testing import assert_as_accurate_as_torch, assert_parity, forward_backward
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -203,8 +205,8 @@ def test_unneeded_gradients_are_not_computed(wanted, device, monkeypatch):
         asked.append((needs, tuple(array is not None for array in out)))
         return original(*arguments, needs=needs, out=out, **others)
 
-    original = launcher.pointwise_backward
-    monkeypatch.setattr("rawkern.autograd.pointwise.launcher.pointwise_backward", watch)
+    original = launch_pointwise_backward
+    monkeypatch.setattr("rawkern.autograd.pointwise.launch_pointwise_backward", watch)
     ours(*tensors).sum().backward()
     pattern = tuple(i in wanted for i in (0, 1, 2, 3, 1))  # the bias is used twice
     assert asked == [(pattern, pattern)]
@@ -263,26 +265,26 @@ def test_arrays(device):
     bias, g, gg = (randn(*s, seed=i).float().to(device) for i, s in enumerate(((6, 1, 1), x.shape, x.shape)))
     chain = (Add(to_array(bias)), Softplus())
     array = to_array(x)
-    result = launcher.pointwise(array, chain)
+    result = launch_pointwise(array, chain)
     assert result.strides == array.strides
     out = array.copy(order="C")
-    assert launcher.pointwise(array, chain, out=out) is out
+    assert launch_pointwise(array, chain, out=out) is out
     assert (out == result).all()
-    gradients = launcher.pointwise_backward(to_array(g), array, chain)
+    gradients = launch_pointwise_backward(to_array(g), array, chain)
     assert [gradient.shape for gradient in gradients] == [(4, 6, 3, 5), (6, 1, 1)]
     outs = out, to_array(torch.empty_like(bias))
-    again = launcher.pointwise_backward(to_array(g), array, chain, out=outs)
+    again = launch_pointwise_backward(to_array(g), array, chain, out=outs)
     assert again[0] is outs[0] and again[1] is outs[1]
     assert all((a == b).all() for a, b in zip(again, gradients, strict=True))
-    assert launcher.pointwise_backward(to_array(g), array, chain, needs=(False, True))[0] is None
-    second = launcher.pointwise_double_backward(to_array(g), array, chain, to_array(gg), (None,))
+    assert launch_pointwise_backward(to_array(g), array, chain, needs=(False, True))[0] is None
+    second = launch_pointwise_double_backward(to_array(g), array, chain, to_array(gg), (None,))
     z = (x + bias).double()
     expected = gg * torch.sigmoid(z), g * gg * torch.sigmoid(z) * torch.sigmoid(-z)
     for a, b in zip(second[:2], expected, strict=True):
         np.testing.assert_allclose(a.tolist(), b.tolist(), rtol=1e-5, atol=1e-6)
     total = expected[1].sum((0, 2, 3)).view(6, 1, 1)
     np.testing.assert_allclose(second[2].tolist(), total.tolist(), rtol=1e-4, atol=1e-5)
-    launcher.pointwise(array, chain, out=array)  # in place
+    launch_pointwise(array, chain, out=array)  # in place
     assert (array == result).all()
 
 
@@ -302,11 +304,11 @@ X = torch.zeros(2, 3, 4)
         (lambda: rawkern.pointwise(X, (Add(torch.ones(3, 1)), Mul(torch.ones(4)))), ValueError, "axis 1 is in use"),
         (lambda: rawkern.pointwise(X, Add(np.ones(4, np.float32))), TypeError, "torch.Tensor"),
         (lambda: rawkern.pointwise(X.to_sparse(), ReLU()), RuntimeError, "parse"),
-        (lambda: launcher.pointwise([1.0], ReLU()), TypeError, "numpy.ndarray"),
-        (lambda: launcher.pointwise(X.numpy(), ReLU(), out=X.numpy()[0]), ValueError, r"out has shape \(3, 4\)"),
-        (lambda: launcher.pointwise(X.numpy(), ReLU(), out=X.double().numpy()), ValueError, "out has dtype float64"),
-        (lambda: launcher.pointwise_backward(X.numpy()[:1], X.numpy(), ReLU()), RuntimeError, "grad_output has shape"),
-        (lambda: launcher.pointwise_backward(X.numpy(), X.numpy(), ReLU(), needs=()), ValueError, "expected 1 entries"),
+        (lambda: launch_pointwise([1.0], ReLU()), TypeError, "numpy.ndarray"),
+        (lambda: launch_pointwise(X.numpy(), ReLU(), out=X.numpy()[0]), ValueError, r"out has shape \(3, 4\)"),
+        (lambda: launch_pointwise(X.numpy(), ReLU(), out=X.double().numpy()), ValueError, "out has dtype float64"),
+        (lambda: launch_pointwise_backward(X.numpy()[:1], X.numpy(), ReLU()), RuntimeError, "grad_output has shape"),
+        (lambda: launch_pointwise_backward(X.numpy(), X.numpy(), ReLU(), needs=()), ValueError, "expected 1 entries"),
     ],
 )
 def test_errors(call, error, text):

@@ -7,9 +7,11 @@ and the adjoints of all of these are the same three maps. Derivatives of every o
 
 import torch
 
-from ..launchers import conv_transpose2d as launchers
 from ..launchers.chain import chain_of
 from ..launchers.channel_sum import channel_sum
+from ..launchers.conv_transpose2d import conv_transpose2d as launch_conv_transpose2d
+from ..launchers.conv_transpose2d import input_gradient as launch_input_gradient
+from ..launchers.conv_transpose2d import weight_gradient as launch_weight_gradient
 from ..launchers.geometry import Geometry
 from .dlpack import stream_of, to_array
 from .pointwise import pointwise_backward
@@ -90,7 +92,7 @@ class ConvTranspose2d(torch.autograd.Function):
         output = empty_output(geometry.output_shape, input)
         needs_saved = not chain.is_identity and any(ctx.needs_input_grad)
         saved = torch.empty_like(output) if needs_saved else None
-        launchers.conv_transpose2d(
+        launch_conv_transpose2d(
             to_array(input),
             to_array(weight),
             to_array(bias),
@@ -138,7 +140,7 @@ class InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad_output, weight, geometry, precision):
         result = empty_output(geometry.input_shape, grad_output)
-        launchers.input_gradient(
+        launch_input_gradient(
             to_array(grad_output),
             to_array(weight),
             geometry,
@@ -168,7 +170,7 @@ class WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, grad_output, geometry, precision):
         result = torch.empty(geometry.weight_shape, dtype=input.dtype, device=input.device)
-        launchers.weight_gradient(
+        launch_weight_gradient(
             to_array(input),
             to_array(grad_output),
             geometry,

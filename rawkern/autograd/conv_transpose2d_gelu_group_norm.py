@@ -3,7 +3,12 @@
 import torch
 
 from ..epilogue import GELU
-from ..launchers import conv_transpose2d_gelu_group_norm as launchers
+from ..launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
+)
+from ..launchers.conv_transpose2d_gelu_group_norm import (
+    conv_transpose2d_gelu_group_norm_backward as launch_conv_transpose2d_gelu_group_norm_backward,
+)
 from ..launchers.geometry import Geometry
 from ..launchers.group_norm_sizes import Sizes, check_eps
 from .conv_transpose2d import check_tensors, conv_transpose2d, empty_output
@@ -77,7 +82,7 @@ class ConvTranspose2dGeluGroupNorm(torch.autograd.Function):
         output = empty_output(geometry.output_shape, input)
         saved = torch.empty_like(output) if any(ctx.needs_input_grad) else None
         mean, rstd = statistics_like(output, num_groups)
-        launchers.conv_transpose2d_gelu_group_norm(
+        launch_conv_transpose2d_gelu_group_norm(
             to_array(input),
             to_array(weight),
             to_array(conv_bias),
@@ -118,7 +123,7 @@ def _gradients(grad_output, inputs, saved, mean, rstd, needs, geometry, num_grou
     outs = [
         _empty_gradient(tensor, like) if need else None for tensor, like, need in zip(inputs, likes, needs, strict=True)
     ]
-    launchers.conv_transpose2d_gelu_group_norm_backward(
+    launch_conv_transpose2d_gelu_group_norm_backward(
         to_array(grad_output),
         to_array(input),
         to_array(weight),

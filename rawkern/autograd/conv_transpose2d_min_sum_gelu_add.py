@@ -3,7 +3,14 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..launchers import conv_transpose2d_min_sum_gelu_add as launchers
+from ..launchers.conv_transpose2d_min_sum_gelu_add import conv_bias_gradient as launch_conv_bias_gradient
+from ..launchers.conv_transpose2d_min_sum_gelu_add import (
+    conv_transpose2d_min_sum_gelu_add as launch_conv_transpose2d_min_sum_gelu_add,
+)
+from ..launchers.conv_transpose2d_min_sum_gelu_add import geometry_of, output_shape
+from ..launchers.conv_transpose2d_min_sum_gelu_add import input_gradient as launch_input_gradient
+from ..launchers.conv_transpose2d_min_sum_gelu_add import sum_gradient as launch_sum_gradient
+from ..launchers.conv_transpose2d_min_sum_gelu_add import weight_gradient as launch_weight_gradient
 from .dlpack import stream_of, to_array
 from .min_sum_gelu_add import bias_gradient, check_operands, empty_saved, plain
 from .precision import resolve_precision
@@ -47,7 +54,7 @@ def conv_transpose2d_min_sum_gelu_add(
     function = "conv_transpose2d_min_sum_gelu_add"
     optional = {} if conv_bias is None else {"conv_bias": conv_bias}
     check_operands(function, input=input, weight=weight, **optional, bias=bias)
-    geometry = launchers.geometry_of(input.shape, weight.shape, stride, padding, output_padding, groups, dilation)
+    geometry = geometry_of(input.shape, weight.shape, stride, padding, output_padding, groups, dilation)
     if conv_bias is not None:
         geometry.check_bias(conv_bias.shape)
     precision = resolve_precision(precision, input)
@@ -59,12 +66,12 @@ class ConvTranspose2dMinSumGELUAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, conv_bias, bias, geometry, precision):
-        shape = launchers.output_shape(geometry.batch, geometry.output_size[1], bias.shape)
+        shape = output_shape(geometry.batch, geometry.output_size[1], bias.shape)
         output = torch.empty(shape, dtype=input.dtype, device=input.device)
         index, sums = None, None
         if any(ctx.needs_input_grad[:3]):
             index, sums = empty_saved(input, (geometry.batch, *geometry.output_size))
-        launchers.conv_transpose2d_min_sum_gelu_add(
+        launch_conv_transpose2d_min_sum_gelu_add(
             to_array(input),
             to_array(weight),
             to_array(conv_bias),
@@ -107,16 +114,16 @@ def _convolution_gradients(ctx, grad_output):
     like, geometry, stream = ctx.like, ctx.geometry, stream_of(grad_output)
     common = {"dtype": like.dtype, "device": grad_output.device}
     index = to_array(index)
-    grad_sum = launchers.sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
+    grad_sum = launch_sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
     grad_input = grad_weight = grad_conv_bias = None
     if needs_input:
         grad_input = torch.empty_strided(like.shape, like.stride(), **common)
-        launchers.input_gradient(grad_sum, index, to_array(weight), geometry, out=to_array(grad_input), stream=stream)
+        launch_input_gradient(grad_sum, index, to_array(weight), geometry, out=to_array(grad_input), stream=stream)
     if needs_weight:
         grad_weight = torch.empty(geometry.weight_shape, **common)
-        launchers.weight_gradient(grad_sum, index, to_array(input), geometry, out=to_array(grad_weight), stream=stream)
+        launch_weight_gradient(grad_sum, index, to_array(input), geometry, out=to_array(grad_weight), stream=stream)
     if needs_conv_bias:
         grad_conv_bias = torch.empty(geometry.out_channels, **common)
         out = to_array(grad_conv_bias)
-        launchers.conv_bias_gradient(grad_sum, index, geometry, out.dtype, out=out, stream=stream)
+        launch_conv_bias_gradient(grad_sum, index, geometry, out.dtype, out=out, stream=stream)
     return grad_input, grad_weight, grad_conv_bias

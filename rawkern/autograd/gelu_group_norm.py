@@ -3,7 +3,8 @@
 import torch
 
 from ..epilogue import GELU
-from ..launchers import gelu_group_norm as launchers
+from ..launchers.gelu_group_norm import gelu_group_norm as launch_gelu_group_norm
+from ..launchers.gelu_group_norm import gelu_group_norm_backward as launch_gelu_group_norm_backward
 from .dlpack import stream_of, to_array
 from .gelu import gelu
 from .group_norm import GRADIENTS, arranged, check_arguments, empty_gradients, group_norm, statistics_like
@@ -35,7 +36,7 @@ class GeluGroupNorm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, num_groups, eps, approximate):
         output = torch.empty_like(input)
         mean, rstd = statistics_like(input, num_groups)
-        launchers.gelu_group_norm(
+        launch_gelu_group_norm(
             to_array(input),
             num_groups,
             to_array(weight),
@@ -63,7 +64,7 @@ class GeluGroupNorm(torch.autograd.Function):
             compose = lambda x, w, b: group_norm(gelu(x, approximate), num_groups, w, b, eps)  # noqa: E731
             return *composed_gradients(compose, (input, weight, bias), needs, grad_output), None, None, None
         grads = empty_gradients(input, needs)
-        launchers.gelu_group_norm_backward(
+        launch_gelu_group_norm_backward(
             to_array(arranged(grad_output, input)),
             to_array(input),
             to_array(mean),

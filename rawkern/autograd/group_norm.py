@@ -3,7 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..launchers import group_norm as launchers
+from ..launchers.group_norm import group_norm as launch_group_norm
+from ..launchers.group_norm import group_norm_backward as launch_group_norm_backward
+from ..launchers.group_norm import group_norm_double_backward as launch_group_norm_double_backward
 from ..launchers.group_norm_sizes import Sizes, check_eps
 from .dlpack import stream_of, to_array
 
@@ -68,7 +70,7 @@ class GroupNorm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, num_groups, eps):
         output = torch.empty_like(input)
         mean, rstd = statistics_like(input, num_groups)
-        launchers.group_norm(
+        launch_group_norm(
             to_array(input),
             num_groups,
             to_array(weight),
@@ -102,7 +104,7 @@ class GroupNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad_output, input, weight, mean, rstd, needs):
         grads = empty_gradients(input, needs)
-        launchers.group_norm_backward(
+        launch_group_norm_backward(
             to_array(grad_output),
             to_array(input),
             to_array(mean),
@@ -129,7 +131,7 @@ class GroupNormBackward(torch.autograd.Function):
         ]
         if grad_grad_input is not None:
             grad_grad_input = arranged(grad_grad_input, input)
-        launchers.group_norm_double_backward(
+        launch_group_norm_double_backward(
             to_array(grad_output),
             to_array(input),
             to_array(mean),

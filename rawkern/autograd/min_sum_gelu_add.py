@@ -3,8 +3,12 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..launchers import min_sum_gelu_add as launchers
 from ..launchers.index_space import MAX_DIMS
+from ..launchers.min_sum_gelu_add import bias_gradient as launch_bias_gradient
+from ..launchers.min_sum_gelu_add import check_input, output_shape
+from ..launchers.min_sum_gelu_add import input_gradient as launch_input_gradient
+from ..launchers.min_sum_gelu_add import min_sum_gelu_add as launch_min_sum_gelu_add
+from ..launchers.min_sum_gelu_add import sum_gradient as launch_sum_gradient
 from .dlpack import stream_of, to_array
 
 
@@ -50,12 +54,12 @@ class MinSumGELUAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, bias):
-        launchers.check_input(input.shape)
+        check_input(input.shape)
         batch, _, height, width = input.shape
-        shape = launchers.output_shape(batch, width, bias.shape)
+        shape = output_shape(batch, width, bias.shape)
         output = torch.empty(shape, dtype=input.dtype, device=input.device)
         index, sums = empty_saved(input, (batch, height, width)) if ctx.needs_input_grad[0] else (None, None)
-        launchers.min_sum_gelu_add(
+        launch_min_sum_gelu_add(
             to_array(input),
             to_array(plain(bias)),
             out=to_array(output),
@@ -97,14 +101,14 @@ def input_gradient(grad_output, like, index, sums):
     """The dense gradient for the input, with the layout of `like`."""
     result = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=grad_output.device)
     stream = stream_of(grad_output)
-    grad_sum = launchers.sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
+    grad_sum = launch_sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
     out = to_array(result)
-    launchers.input_gradient(grad_sum, to_array(index), out.shape, out.dtype, out=out, stream=stream)
+    launch_input_gradient(grad_sum, to_array(index), out.shape, out.dtype, out=out, stream=stream)
     return result
 
 
 def bias_gradient(grad_output, shape):
     """The gradient for the bias."""
     result = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device)
-    launchers.bias_gradient(to_array(plain(grad_output)), shape, out=to_array(result), stream=stream_of(grad_output))
+    launch_bias_gradient(to_array(plain(grad_output)), shape, out=to_array(result), stream=stream_of(grad_output))
     return result

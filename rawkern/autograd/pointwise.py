@@ -3,8 +3,10 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..launchers import pointwise as launcher
 from ..launchers.chain import chain_of
+from ..launchers.pointwise import pointwise as launch_pointwise
+from ..launchers.pointwise import pointwise_backward as launch_pointwise_backward
+from ..launchers.pointwise import pointwise_double_backward as launch_pointwise_double_backward
 from .dlpack import stream_of, to_array
 
 
@@ -53,7 +55,7 @@ class Pointwise(torch.autograd.Function):
     def forward(ctx, input, chain, *tensors):
         input_ = dense(input)
         output = torch.empty_like(input_)
-        launcher.pointwise(
+        launch_pointwise(
             to_array(input_),
             chain,
             tensors=[to_array(t.contiguous()) for t in tensors],
@@ -80,7 +82,7 @@ class PointwiseBackward(torch.autograd.Function):
     def forward(ctx, grad_output, input, chain, needs, *tensors):
         input_, tensors_ = dense(input), [t.contiguous() for t in tensors]
         results = _empty_like((input_, *tensors_), needs)
-        launcher.pointwise_backward(
+        launch_pointwise_backward(
             to_array(arranged_as(grad_output, input_)),
             to_array(input_),
             chain,
@@ -104,7 +106,7 @@ class PointwiseBackward(torch.autograd.Function):
         input_, tensors_ = dense(input), [t.contiguous() for t in tensors]
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:])
         results = _empty_like((input_, input_, *tensors_), needs)
-        launcher.pointwise_double_backward(
+        launch_pointwise_double_backward(
             to_array(arranged_as(grad_output, input_)),
             to_array(input_),
             ctx.chain,

@@ -6,12 +6,12 @@ output, applies GELU and normalises.
 
 from ..epilogue import GELU
 from ..runtime import check_out, queue_of
-from . import conv_transpose2d as _convolution
-from . import group_norm as _group_norm
 from .chain import chain_of
 from .channel_sum import channel_sum
+from .conv_transpose2d import conv_transpose2d, input_gradient, weight_gradient, with_moments
 from .gelu_group_norm import gelu_group_norm
 from .geometry import Geometry
+from .group_norm import group_norm_backward, normalize, statistics
 from .group_norm_sizes import Sizes, check_eps, check_layout, layout_of, statistics_arrays
 
 
@@ -57,7 +57,7 @@ def conv_transpose2d_gelu_group_norm(
     """
     chain, eps = chain_of(GELU(approximate)), check_eps(eps)
     if input.ndim == 3:
-        convolved = _convolution.conv_transpose2d(
+        convolved = conv_transpose2d(
             input, weight, conv_bias, stride, padding, output_padding, groups, dilation,
             precision=precision, stream=stream,
         )  # fmt: skip
@@ -78,14 +78,14 @@ def conv_transpose2d_gelu_group_norm(
             check_layout(array, name)
     if out is not None and saved is not None and layout_of(out) != layout_of(saved):
         raise ValueError(f"saved must have the strides of out, {out.strides}, got {saved.strides}")
-    convolved, moments = _convolution.with_moments(
+    convolved, moments = with_moments(
         input, weight, conv_bias, chain, geometry,
         precision=precision, out=out if saved is None else saved, stream=stream,
     )  # fmt: skip
     if out is None:
         out = convolved if saved is None else queue.empty_like(saved)
-    _group_norm.statistics(queue, sizes, moments, eps, mean, rstd)
-    _group_norm.normalize(queue, sizes, convolved, mean, rstd, norm_weight, norm_bias, chain, out)
+    statistics(queue, sizes, moments, eps, mean, rstd)
+    normalize(queue, sizes, convolved, mean, rstd, norm_weight, norm_bias, chain, out)
     return out
 
 
@@ -123,7 +123,7 @@ def conv_transpose2d_gelu_group_norm_backward(
         The five gradients; None for what is not needed.
     """
     needs_convolved = any(needs[:3])
-    grad_convolved, grad_norm_weight, grad_norm_bias = _group_norm.group_norm_backward(
+    grad_convolved, grad_norm_weight, grad_norm_bias = group_norm_backward(
         grad_output,
         saved,
         mean,
@@ -138,9 +138,9 @@ def conv_transpose2d_gelu_group_norm_backward(
     options = dict(precision=precision, stream=stream)
     grad_input = grad_weight = grad_bias = None
     if needs[0]:
-        grad_input = _convolution.input_gradient(grad_convolved, weight, geometry, out=outs[0], **options)
+        grad_input = input_gradient(grad_convolved, weight, geometry, out=outs[0], **options)
     if needs[1]:
-        grad_weight = _convolution.weight_gradient(input, grad_convolved, geometry, out=outs[1], **options)
+        grad_weight = weight_gradient(input, grad_convolved, geometry, out=outs[1], **options)
     if needs[2]:
         grad_bias = channel_sum(grad_convolved, out=outs[2], stream=stream)
     return grad_input, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias

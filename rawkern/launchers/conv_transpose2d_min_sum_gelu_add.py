@@ -10,10 +10,9 @@ import numpy as np
 
 from .. import runtime
 from ..runtime import Kernel, accumulator, check_out, cpp_type, element_strides, pointer, queue_of
-from . import min_sum_gelu_add as ending
 from .conv_transpose2d import channel_min
 from .geometry import Geometry
-from .min_sum_gelu_add import bias_gradient, output_shape, reduce, sum_gelu_add, sum_gradient
+from .min_sum_gelu_add import bias_gradient, check_contiguous, output_shape, reduce, sum_gelu_add, sum_gradient
 
 __all__ = [
     "bias_gradient",
@@ -317,7 +316,7 @@ def _check_saved(queue, geometry, grad_sum, index, dtype):
         ("grad_sum", grad_sum, (geometry.batch, width), accumulator(dtype)),
         ("index", index, (geometry.batch, height, width), _INT32),
     ):
-        ending.check_contiguous(name, array, shape, expected, queue)
+        check_contiguous(name, array, shape, expected, queue)
 
 
 def _check_shape(name, array, shape):

@@ -1,8 +1,8 @@
 """Group normalisation of gelu(input), on arrays: neither pass stores gelu(input)."""
 
 from ..epilogue import GELU
-from . import group_norm as _group_norm
 from .chain import chain_of
+from .group_norm import group_norm, group_norm_backward
 from .group_norm_kernels import chained_kernels
 
 
@@ -24,9 +24,7 @@ def gelu_group_norm(
     Raises RuntimeError also if `approximate` is neither "none" nor "tanh".
     """
     chain = chain_of(GELU(approximate))
-    return _group_norm.group_norm(
-        input, num_groups, weight, bias, eps, out=out, mean=mean, rstd=rstd, stream=stream, chain=chain
-    )
+    return group_norm(input, num_groups, weight, bias, eps, out=out, mean=mean, rstd=rstd, stream=stream, chain=chain)
 
 
 def gelu_group_norm_backward(grad_output, input, mean, rstd, weight=None, approximate="none", **options):
@@ -35,7 +33,7 @@ def gelu_group_norm_backward(grad_output, input, mean, rstd, weight=None, approx
     Keyword arguments as in `group_norm_backward`.
     """
     chain = chain_of(GELU(approximate))
-    return _group_norm.group_norm_backward(grad_output, input, mean, rstd, weight, chain=chain, **options)
+    return group_norm_backward(grad_output, input, mean, rstd, weight, chain=chain, **options)
 
 
 def kernels():
