@@ -41,9 +41,8 @@ def to_array(tensor):
     if tensor.device.type == "cuda":
         import cupy
 
-        array = cupy.from_dlpack(
-            to_dlpack(tensor)
-        )  # a capsule: no bookkeeping of streams, which launches do themselves
+        # A capsule: no bookkeeping of streams, which launches do themselves.
+        array = cupy.from_dlpack(to_dlpack(tensor))
     else:
         array = np.from_dlpack(tensor)
     return array.view(bfloat16) if is_bfloat16 else array

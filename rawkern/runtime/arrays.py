@@ -1,5 +1,6 @@
 """What launchers need to know about arrays: their device, their element type, where to put new ones."""
 
+import functools
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -43,13 +44,22 @@ _EMULATOR = Emulator()
 
 def device_of(array):
     """The device of an array: the emulator for NumPy, a GPU for CuPy."""
-    if isinstance(array, np.ndarray):
+    if type(array) is np.ndarray or isinstance(array, np.ndarray):
         return _EMULATOR
-    if type(array).__module__.partition(".")[0] == "cupy":
-        from .gpu import gpu
-
-        return gpu(array.device.id)
+    if _is_cupy(type(array)):
+        return _gpu(array.data.device_id)
     raise TypeError(f"expected a numpy.ndarray or a cupy.ndarray, got {type(array).__name__}")
+
+
+@functools.cache
+def _is_cupy(type):
+    return type.__module__.partition(".")[0] == "cupy"
+
+
+def _gpu(index):
+    from .gpu import gpu  # only where there are CuPy arrays
+
+    return gpu(index)
 
 
 def queue_of(stream=None, **arrays):
@@ -110,7 +120,9 @@ def accumulator(dtype):
 
 def pointer(array):
     """The address of an array's first element; 0 for None."""
-    return 0 if array is None else device_of(array).pointer(array)
+    if array is None:
+        return 0
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
 
 
 def element_strides(array):

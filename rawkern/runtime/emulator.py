@@ -32,10 +32,6 @@ class Emulator:
         self._functions = {}
 
     @staticmethod
-    def pointer(array):
-        return array.__array_interface__["data"][0]
-
-    @staticmethod
     def empty(shape, dtype, stream=None):
         return np.empty(shape, dtype)
 

@@ -46,10 +46,6 @@ class Gpu:
         self.arch = nvrtc.arch_name(self.compute_capability)
         self.multiprocessors = self._device.attributes["MultiProcessorCount"]
 
-    @staticmethod
-    def pointer(array):
-        return array.data.ptr
-
     def empty(self, shape, dtype, stream=None):
         """Memory of CuPy's pool that may be used in `stream` at once and be reused there when it is freed."""
         with self.on(stream):
