@@ -41,6 +41,8 @@ struct Simt {
   static constexpr int kThreads = kRowGroups * kColumnGroups;
   static constexpr int kMinBlocks = 2;
   static constexpr int kRun = kRun_;
+  // More would keep more operands in registers than there are.
+  static constexpr int kUnroll = kThreadM * kThreadN >= 64 ? 2 : 4;
   static constexpr int kColumnRun = kThreadN * int(sizeof(Word)) < 16 ? kThreadN : 16 / int(sizeof(Word));
   using Tile = Slab<Word, kWords, kBlockM, kBlockN>;
 
@@ -67,7 +69,7 @@ struct Simt {
   __device__ static Word make_word(const Value (&values)[kPack]) { return values[0]; }
 
   __device__ static void multiply(Accumulators& sum, const Tile& tile) {
-#pragma unroll 2  // more would keep more operands in registers than there are
+#pragma unroll kUnroll
     for (int k = 0; k < kWords; ++k) {
       Value a[kRows], b[kColumns];
 #pragma unroll

@@ -70,8 +70,8 @@ def _choices_for(dtype, tensor_core):
         return _simt(dtype, 64, 64, 4, 4, 8, 1.0), _simt(dtype, 8, 128, 8, 1, 8, 0.5)
     return (
         _simt(dtype, 128, 128, 8, 8, 8, 1.0),
-        _simt(dtype, 64, 256, 8, 8, 8, 0.88),
-        _simt(dtype, 64, 64, 4, 4, 16, 0.68),
+        _simt(dtype, 64, 256, 8, 8, 8, 0.92),
+        _simt(dtype, 64, 64, 8, 4, 16, 0.85),
         _simt(dtype, 8, 256, 8, 1, 8, 0.3),
     )
 
@@ -91,9 +91,9 @@ _LONG_SUM = 256
 
 #: For such sums: accumulators for a run beside those for the total, so that tiles are smaller.
 LONG_SUM_CHOICES = (
-    _simt(np.dtype("float32"), 128, 64, 8, 4, 8, 1.0, run=16),
-    _simt(np.dtype("float32"), 64, 128, 8, 4, 8, 0.95, run=16),
-    _simt(np.dtype("float32"), 64, 64, 4, 4, 16, 0.8, run=8),
+    _simt(np.dtype("float32"), 128, 64, 8, 4, 16, 1.0, run=8),
+    _simt(np.dtype("float32"), 64, 128, 8, 4, 16, 0.97, run=8),
+    _simt(np.dtype("float32"), 64, 64, 8, 4, 16, 0.88, run=8),
     _simt(np.dtype("float32"), 8, 256, 8, 1, 8, 0.3, run=16),
 )
 

@@ -25,10 +25,15 @@ def index_space(shape, *strides):
 
     Raises RuntimeError if more than eight dimensions are left.
     """
+    return _index_space(tuple(shape), tuple(map(tuple, strides)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _index_space(shape, strides):
     dims = coalesce(shape, *strides)
     if len(dims) > MAX_DIMS:
         raise RuntimeError(
-            f"broadcasting along more than {MAX_DIMS} separate dimensions is not supported, got shape {tuple(shape)}"
+            f"broadcasting along more than {MAX_DIMS} separate dimensions is not supported, got shape {shape}"
         )
     dims += [(1, *(0 for _ in strides))] * (MAX_DIMS - len(dims))
     sizes, *by_array = zip(*dims, strict=True)
