@@ -82,7 +82,7 @@ def _parser():
     add(
         "--minutes",
         type=float,
-        help="time limit; compiled peers come last and may not fit in (default: 1 for the models alone, otherwise 8)",
+        help="time limit; compiled peers come last and may not fit in (default: 1 for the models alone, otherwise 7.5)",
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu is the emulator (default: the GPU)")
     add("--quick", action="store_true", help="tiny problems, to see that everything works")
@@ -99,7 +99,7 @@ class _Run:
         self.jobs = list(_jobs(chosen, options))
         self.folder = Path(options.output or "build/bench")
         only_models = all("model" in problem.tags for _, problem in chosen)
-        minutes = options.minutes or (1 if only_models else 8)
+        minutes = options.minutes or (1 if only_models else 7.5)
         seconds = options.seconds if device.kind == "cuda" else min(options.seconds, 0.02)
         self.context = runner.Context(
             device, None, row_seconds=seconds, deadline=time.monotonic() + 60 * minutes, pick=random.Random()

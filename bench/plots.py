@@ -51,7 +51,8 @@ def _roofline(rows, report, path):
                 speeds = [row.flop / row.median / 1e12 for row in chosen]
                 axes.scatter([row.intensity for row in chosen], speeds, color=colour, marker=marker, s=26, alpha=0.7)
     for row in rows:
-        if "model" in row.problem and row.op.startswith("conv") and row.direction == "forward":
+        is_model = "model" in row.problem and row.op.startswith("conv") and row.direction == "forward"
+        if is_model and row.mode == "float32/tf32":
             place = row.intensity, row.flop / row.median / 1e12
             axes.annotate(_short(row), place, fontsize=7, xytext=(4, -8), textcoords="offset points")
     for direction in dict.fromkeys(row.direction for row in rows):
@@ -83,8 +84,8 @@ def _bars(rows, report, path):
     axes.set_yticks(places, [f"{_short(row)}, {row.direction}, {row.mode}" for row in rows], fontsize=7)
     axes.set(xscale="log", xlabel="times as fast as the fastest of PyTorch's ways (further right is better)")
     axes.set_title(f"rawkern against PyTorch {report.stamp.get('torch')} on {report.stamp['device']}")
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=130)
+    axes.margins(x=0.15, y=0.005)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 

@@ -90,7 +90,7 @@ class Report:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(_rounded(asdict(self)), separators=(",", ":")) + "\n", encoding="utf-8")
         os.replace(aside, path)
 
     @classmethod
@@ -204,3 +204,12 @@ def _peer_text(peer):
     if peer is None:
         return ""
     return time_text(peer.median) if peer.median else f"[dim]{peer.note or '-'}[/dim]"
+
+
+def _rounded(value):
+    """Five digits of every number: more than a measurement has, and files stay small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
