@@ -18,7 +18,7 @@ _FUNCTIONS = (
     "min_sum_gelu_add",
     "pointwise",
 )
-_MODULES = ("epilogue", "launchers", "nn", "runtime")
+_MODULES = ("epilogue", "launchers", "nn", "runtime", "testing")
 
 __all__ = [*_FUNCTIONS, *_MODULES]
 

@@ -12,6 +12,7 @@ from .autograd.conv_transpose2d_gelu_group_norm import conv_transpose2d_gelu_gro
 from .autograd.conv_transpose2d_min_sum_gelu_add import conv_transpose2d_min_sum_gelu_add
 from .autograd.gelu import gelu
 from .autograd.group_norm import group_norm
+from .launchers.chain import chain_of
 
 __all__ = [
     "GELU",
@@ -82,7 +83,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             dtype,
         )
         self.precision = precision
-        self._functions = tuple(epilogue)
+        self._functions = chain_of(epilogue).functions
         for index, function in enumerate(self._functions):
             if isinstance(function.tensor, torch.nn.Parameter):
                 self.register_parameter(f"epilogue_{index}", function.tensor)

@@ -371,6 +371,31 @@ def test_out_of_the_wrong_kind():
             launchers.conv_transpose2d(x, w, out=out)
 
 
+def test_out_whose_elements_do_not_have_a_place_of_their_own():
+    x, w = np.zeros((1, 2, 3, 3), np.float32), np.zeros((2, 2, 2, 2), np.float32)
+    whole = np.zeros((1, 2, 4, 4), np.float32)
+    read_only = whole.copy()
+    read_only.flags.writeable = False
+    for out in (whole[:, :, ::-1], np.lib.stride_tricks.as_strided(whole, strides=(128, 64, 0, 4)), read_only):
+        with pytest.raises(ValueError, match=r"positive strides|read-only"):
+            launchers.conv_transpose2d(x, w, out=out)
+
+
+def test_nothing_is_kept_where_no_backward_pass_can_come(monkeypatch):
+    from rawkern.autograd import conv_transpose2d as module
+
+    kept = []
+    launch = module.launch_conv_transpose2d
+    monkeypatch.setattr(
+        module, "launch_conv_transpose2d", lambda *a, saved, **k: kept.append(saved) or launch(*a, saved=saved, **k)
+    )
+    x, w, _ = small()
+    rawkern.conv_transpose2d(x, w, epilogue=(GELU(),))
+    with torch.no_grad():
+        rawkern.conv_transpose2d(x, w, epilogue=(GELU(),))
+    assert [saved is None for saved in kept] == [False, True]
+
+
 # Mistakes
 
 X, W = draw(2, 4, 5, 6), draw(4, 3, 3, 3)

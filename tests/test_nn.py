@@ -210,8 +210,8 @@ class TestEpilogueOperands:
         assert [name for name, _ in module.named_buffers()] == ["epilogue_0"]
 
     def test_result_and_gradients(self, device):
-        module = self.module().to(device)
-        x = torch.randn(2, 6, 5, 7, device=device)
+        module = self.module().double().to(device)
+        x = torch.randn(2, 6, 5, 7, device=device, dtype=torch.float64)
         plain = copy.deepcopy(module)
         output, expected = module(x), self.expected(plain, x)
         torch.testing.assert_close(output, expected)

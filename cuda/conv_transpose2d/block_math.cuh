@@ -42,7 +42,7 @@ struct Simt {
   static constexpr int kMinBlocks = 2;
   static constexpr int kRun = kRun_;
   // More would keep more operands in registers than there are.
-  static constexpr int kUnroll = kThreadM * kThreadN >= 64 ? 2 : 4;
+  static constexpr int kUnroll = kThreadM * kThreadN >= 64 ? 1 : 4;
   static constexpr int kColumnRun = kThreadN * int(sizeof(Word)) < 16 ? kThreadN : 16 / int(sizeof(Word));
   using Tile = Slab<Word, kWords, kBlockM, kBlockN>;
 

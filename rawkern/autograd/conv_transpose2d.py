@@ -61,7 +61,8 @@ def conv_transpose2d(
     geometry = Geometry.of(input.shape, weight.shape, stride, padding, output_padding, groups, dilation)
     chain = chain_of(epilogue)
     precision = resolve_precision(precision, input)
-    output, _ = ConvTranspose2d.apply(input, weight, bias, geometry, precision, chain, *chain.tensors)
+    keep = torch.is_grad_enabled()  # inside forward it is always off
+    output, _ = ConvTranspose2d.apply(input, weight, bias, geometry, precision, chain, keep, *chain.tensors)
     return output
 
 
@@ -88,9 +89,9 @@ class ConvTranspose2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, geometry, precision, chain, *operands):
+    def forward(ctx, input, weight, bias, geometry, precision, chain, keep, *operands):
         output = empty_output(geometry.output_shape, input)
-        needs_saved = not chain.is_identity and any(ctx.needs_input_grad)
+        needs_saved = keep and not chain.is_identity and any(ctx.needs_input_grad)
         saved = torch.empty_like(output) if needs_saved else None
         launch_conv_transpose2d(
             to_array(input),
@@ -116,7 +117,7 @@ class ConvTranspose2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_saved):
         input, weight, saved, *operands = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _, _, _, *needs_operands = ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias, _, _, _, _, *needs_operands = ctx.needs_input_grad
         grad_operands = [None] * len(operands)
         grad = grad_output
         if grad_output is not None and not ctx.chain.is_identity:
@@ -127,11 +128,11 @@ class ConvTranspose2d(torch.autograd.Function):
         if grad_saved is not None:
             grad = grad_saved if grad is None else grad + grad_saved
         if grad is None:
-            return (None,) * 6 + tuple(grad_operands)
+            return (None,) * 7 + tuple(grad_operands)
         grad_input = InputGradient.apply(grad, weight, ctx.geometry, ctx.precision) if needs_input else None
         grad_weight = WeightGradient.apply(input, grad, ctx.geometry, ctx.precision) if needs_weight else None
         grad_bias = ChannelSum.apply(grad) if needs_bias else None
-        return grad_input, grad_weight, grad_bias, None, None, None, *grad_operands
+        return grad_input, grad_weight, grad_bias, None, None, None, None, *grad_operands
 
 
 class InputGradient(torch.autograd.Function):
@@ -211,4 +212,4 @@ class ChannelSum(torch.autograd.Function):
 
 def convolve(input, weight, geometry, precision):
     """y(x, w) without bias or epilogue."""
-    return ConvTranspose2d.apply(input, weight, None, geometry, precision, chain_of(()))[0]
+    return ConvTranspose2d.apply(input, weight, None, geometry, precision, chain_of(()), False)[0]

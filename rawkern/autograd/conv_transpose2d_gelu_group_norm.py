@@ -69,7 +69,8 @@ def conv_transpose2d_gelu_group_norm(
     shapes = [None if tensor is None else tensor.shape for tensor in (norm_weight, norm_bias)]
     num_groups = Sizes.of(geometry.output_shape, num_groups, *shapes).num_groups
     arguments = geometry, num_groups, check_eps(eps), approximate, resolve_precision(precision, input)
-    return ConvTranspose2dGeluGroupNorm.apply(input, weight, conv_bias, norm_weight, norm_bias, *arguments)
+    keep = torch.is_grad_enabled()  # inside forward it is always off
+    return ConvTranspose2dGeluGroupNorm.apply(input, weight, conv_bias, norm_weight, norm_bias, keep, *arguments)
 
 
 class ConvTranspose2dGeluGroupNorm(torch.autograd.Function):
@@ -77,10 +78,10 @@ class ConvTranspose2dGeluGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, input, weight, conv_bias, norm_weight, norm_bias, geometry, num_groups, eps, approximate, precision
+        ctx, input, weight, conv_bias, norm_weight, norm_bias, keep, geometry, num_groups, eps, approximate, precision
     ):
         output = empty_output(geometry.output_shape, input)
-        saved = torch.empty_like(output) if any(ctx.needs_input_grad) else None
+        saved = torch.empty_like(output) if keep and any(ctx.needs_input_grad) else None
         mean, rstd = statistics_like(output, num_groups)
         launch_conv_transpose2d_gelu_group_norm(
             to_array(input),
@@ -107,14 +108,14 @@ class ConvTranspose2dGeluGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 11
         *inputs, saved, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             grads = composed_gradients(_composition(*ctx.arguments), inputs, needs, grad_output)
         else:
             grads = _gradients(grad_output, inputs, saved, mean, rstd, needs, *ctx.arguments)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def _gradients(grad_output, inputs, saved, mean, rstd, needs, geometry, num_groups, eps, approximate, precision):

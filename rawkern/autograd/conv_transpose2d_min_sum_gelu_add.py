@@ -58,18 +58,19 @@ def conv_transpose2d_min_sum_gelu_add(
     if conv_bias is not None:
         geometry.check_bias(conv_bias.shape)
     precision = resolve_precision(precision, input)
-    return ConvTranspose2dMinSumGELUAdd.apply(input, weight, conv_bias, bias, geometry, precision)
+    keep = torch.is_grad_enabled()  # inside forward it is always off
+    return ConvTranspose2dMinSumGELUAdd.apply(input, weight, conv_bias, bias, geometry, precision, keep)
 
 
 class ConvTranspose2dMinSumGELUAdd(torch.autograd.Function):
     """Keeps input and weight, one channel number per output pixel, and GELU's argument per output column."""
 
     @staticmethod
-    def forward(ctx, input, weight, conv_bias, bias, geometry, precision):
+    def forward(ctx, input, weight, conv_bias, bias, geometry, precision, keep):
         shape = output_shape(geometry.batch, geometry.output_size[1], bias.shape)
         output = torch.empty(shape, dtype=input.dtype, device=input.device)
         index, sums = None, None
-        if any(ctx.needs_input_grad[:3]):
+        if keep and any(ctx.needs_input_grad[:3]):
             index, sums = empty_saved(input, (geometry.batch, *geometry.output_size))
         launch_conv_transpose2d_min_sum_gelu_add(
             to_array(input),
@@ -98,11 +99,11 @@ class ConvTranspose2dMinSumGELUAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * 6
+            return (None,) * 7
         needs_bias = ctx.needs_input_grad[3]
         grad_input, grad_weight, grad_conv_bias = _convolution_gradients(ctx, grad_output)
         grad_bias = bias_gradient(grad_output, ctx.bias_shape) if needs_bias else None
-        return grad_input, grad_weight, grad_conv_bias, grad_bias, None, None
+        return grad_input, grad_weight, grad_conv_bias, grad_bias, None, None, None
 
 
 def _convolution_gradients(ctx, grad_output):

@@ -32,7 +32,7 @@ def min_sum_gelu_add(input, bias):
         TypeError: not a tensor.
     """
     check_operands("min_sum_gelu_add", input=input, bias=bias)
-    return MinSumGELUAdd.apply(input, bias)
+    return MinSumGELUAdd.apply(input, bias, torch.is_grad_enabled())
 
 
 def check_operands(function, **operands):
@@ -53,12 +53,13 @@ class MinSumGELUAdd(torch.autograd.Function):
     """Keeps one channel number per pixel and GELU's argument per column; not the minima."""
 
     @staticmethod
-    def forward(ctx, input, bias):
+    def forward(ctx, input, bias, keep):
         check_input(input.shape)
         batch, _, height, width = input.shape
         shape = output_shape(batch, width, bias.shape)
         output = torch.empty(shape, dtype=input.dtype, device=input.device)
-        index, sums = empty_saved(input, (batch, height, width)) if ctx.needs_input_grad[0] else (None, None)
+        needs_saved = keep and ctx.needs_input_grad[0]
+        index, sums = empty_saved(input, (batch, height, width)) if needs_saved else (None, None)
         launch_min_sum_gelu_add(
             to_array(input),
             to_array(plain(bias)),
@@ -77,11 +78,11 @@ class MinSumGELUAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         if grad_output is None:
-            return None, None
+            return None, None, None
         index, sums = ctx.saved_tensors
         grad_input = input_gradient(grad_output, ctx.like, index, sums) if ctx.needs_input_grad[0] else None
         grad_bias = bias_gradient(grad_output, ctx.bias_shape) if ctx.needs_input_grad[1] else None
-        return grad_input, grad_bias
+        return grad_input, grad_bias, None
 
 
 def plain(tensor):

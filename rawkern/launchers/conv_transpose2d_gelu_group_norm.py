@@ -59,7 +59,7 @@ def conv_transpose2d_gelu_group_norm(
     if input.ndim == 3:
         convolved = conv_transpose2d(
             input, weight, conv_bias, stride, padding, output_padding, groups, dilation,
-            precision=precision, stream=stream,
+            precision=precision, out=saved, stream=stream,
         )  # fmt: skip
         return gelu_group_norm(
             convolved, num_groups, norm_weight, norm_bias, eps, approximate,

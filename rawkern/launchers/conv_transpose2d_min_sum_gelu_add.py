@@ -12,6 +12,7 @@ from .. import runtime
 from ..runtime import Kernel, accumulator, check_out, cpp_type, element_strides, pointer, queue_of
 from .conv_transpose2d import channel_min
 from .geometry import Geometry
+from .layout import contiguous
 from .min_sum_gelu_add import bias_gradient, check_contiguous, output_shape, reduce, sum_gelu_add, sum_gradient
 
 __all__ = [
@@ -190,6 +191,8 @@ def weight_gradient(grad_sum, index, input, geometry, *, out=None, stream=None):
     queue = queue_of(stream, input=input)
     _check_shape("input", input, geometry.input_shape)
     _check_saved(queue, geometry, grad_sum, index, input.dtype)
+    if min(input.strides) < 0:  # the kernel's offsets are negative where there is no pixel
+        input = contiguous(queue, input)
     out = queue.empty(geometry.weight_shape, input.dtype) if out is None else out
     check_out(out, geometry.weight_shape, input.dtype, queue.device)
     kernel = _weight_gradient_kernel(input.dtype)

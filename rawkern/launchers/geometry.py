@@ -122,7 +122,7 @@ class Geometry:
                 f"{self.output_size}. Output size is too small"
             )
         extents = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-        if max(*self.input_shape, *self.output_shape, *self.padding, *self.stride, *extents) >= 2**29:
+        if max(*self.input_shape, *self.output_shape, *self.padding, *self.stride, *self.dilation, *extents) >= 2**29:
             raise RuntimeError("sizes of 2**29 and more along one dimension are not supported")
 
     @functools.cached_property

@@ -82,7 +82,7 @@ def check_eps(eps):
     """`eps` as a float. Raises TypeError for what is no number."""
     try:
         return float(eps)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"group_norm(): argument 'eps' must be float, not {type(eps).__name__}") from None
 
 
@@ -145,16 +145,22 @@ def statistics_arrays(queue, sizes, mean, rstd):
     arrays = []
     for name, array in (("mean", mean), ("rstd", rstd)):
         array = queue.empty(sizes.statistics_shape, FLOAT64) if array is None else array
-        check_out(array, sizes.statistics_shape, FLOAT64, queue.device, name)
+        check_statistics(queue, sizes, array, name)
         arrays.append(array)
     return arrays
+
+
+def check_statistics(queue, sizes, array, name):
+    check_out(array, sizes.statistics_shape, FLOAT64, queue.device, name)
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous, got strides {array.strides}")
 
 
 def check_gradient(queue, sizes, grad_output, input, mean, rstd):
     if tuple(grad_output.shape) != tuple(input.shape):
         raise RuntimeError(f"expected grad_output of shape {list(input.shape)}, but got {list(grad_output.shape)}")
-    check_out(mean, sizes.statistics_shape, FLOAT64, queue.device, "mean")
-    check_out(rstd, sizes.statistics_shape, FLOAT64, queue.device, "rstd")
+    check_statistics(queue, sizes, mean, "mean")
+    check_statistics(queue, sizes, rstd, "rstd")
 
 
 def shapes_of(*arrays):

@@ -106,6 +106,10 @@ def check_out(out, shape, dtype, device, name="out"):
         raise ValueError(f"{name} has dtype {out.dtype.name}, expected {np.dtype(dtype).name}")
     if device_of(out) is not device:
         raise ValueError(f"{name} is on {describe(out)}, another device than the inputs")
+    if out.size and any(step <= 0 for size, step in zip(out.shape, out.strides, strict=True) if size > 1):
+        raise ValueError(f"{name} must have positive strides, one place per element, got {out.strides}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{name} is read-only")
 
 
 def cpp_type(dtype):
@@ -126,7 +130,9 @@ def pointer(array):
 
 
 def element_strides(array):
-    """Strides in elements."""
+    """Strides in elements. Raises ValueError where elements do not lie whole numbers of elements apart."""
+    if any(stride % array.itemsize for stride in array.strides):
+        raise ValueError(f"strides {array.strides} are no multiples of the item size, {array.itemsize}: pass a copy")
     return tuple(stride // array.itemsize for stride in array.strides)
 
 

@@ -93,7 +93,7 @@ def compiler():
             return path, _run([path, "-march=native", "-v", "-E", "-x", "c++", os.devnull]).stderr
     raise CompileError(
         f"running on the CPU needs a C++ compiler, and none of {', '.join(candidates)} was found: install one "
-        "(apt-get install g++, xcode-select --install) or name it in RAWKERN_CXX"
+        "(such as apt-get install g++) or name it in RAWKERN_CXX"
     )
 
 

@@ -34,13 +34,13 @@ def build(kernel, arch):
     return cache.find_or_build(key, ".cubin", lambda: compile_cubin(kernel, arch)[0])
 
 
-def compile_cubin(kernel, arch):
+def compile_cubin(kernel, arch, options=()):
     """Compiles without the cache: (cubin, log), where the log holds ptxas' report of registers and spills."""
     from cupy_backends.cuda.libs import nvrtc
 
     program = nvrtc.createProgram(kernel.source, kernel.file, (), ())
     try:
-        nvrtc.compileProgram(program, (*_OPTIONS, f"-arch={arch}"))
+        nvrtc.compileProgram(program, (*_OPTIONS, *options, f"-arch={arch}"))
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
