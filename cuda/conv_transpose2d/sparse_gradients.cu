@@ -104,7 +104,7 @@ template <class T>
 struct SparseInputGradient {
   using A = Accumulator<T>;
   static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : 3;  // double takes two registers a value
   static constexpr int kPixels = 64, kTaps = 16;
   static constexpr int kOwn = 4;                        // channels of a lane
   static constexpr int kTeam = kSparseChannels / kOwn;  // lanes
