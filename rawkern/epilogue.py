@@ -13,6 +13,7 @@ identity.
 All constructors raise TypeError for an argument of the wrong type.
 """
 
+import math
 import numbers
 
 __all__ = [
@@ -45,18 +46,23 @@ class Function:
         cpp: its template in cuda/include/pointwise_functions.cuh.
         numbers: its numbers, in the order of the template's arguments.
         tensor: its tensor operand, if it has one.
+        signature: the template's name, with a # for each number and an @ for a tensor. A negative zero is #-: it equals
+            zero, and yet what is computed for one is not computed for the other.
     """
 
-    __slots__ = ("_arguments", "cpp", "numbers", "tensor")
+    __slots__ = ("_arguments", "cpp", "numbers", "signature", "tensor")
 
     def __init__(self):
         self._set()
 
     def _set(self, cpp=None, numbers=(), tensor=None, **arguments):
         """Fills in the attributes; `arguments` are what repr shows."""
-        object.__setattr__(self, "cpp", cpp or type(self).__name__)
-        object.__setattr__(self, "numbers", tuple(numbers))
+        cpp, numbers = cpp or type(self).__name__, tuple(numbers)
+        object.__setattr__(self, "cpp", cpp)
+        object.__setattr__(self, "numbers", numbers)
         object.__setattr__(self, "tensor", tensor)
+        marks = ["#-" if number == 0 and math.copysign(1.0, number) < 0 else "#" for number in numbers]
+        object.__setattr__(self, "signature", cpp + "".join(marks) + "@" * (tensor is not None))
         object.__setattr__(self, "_arguments", arguments)
 
     def __setattr__(self, name, value):

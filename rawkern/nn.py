@@ -12,7 +12,7 @@ from .autograd.conv_transpose2d_gelu_group_norm import conv_transpose2d_gelu_gro
 from .autograd.conv_transpose2d_min_sum_gelu_add import conv_transpose2d_min_sum_gelu_add
 from .autograd.gelu import gelu
 from .autograd.group_norm import group_norm
-from .launchers.chain import chain_of
+from .launchers.chain import functions_of
 
 __all__ = [
     "GELU",
@@ -83,7 +83,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             dtype,
         )
         self.precision = precision
-        self._functions = chain_of(epilogue).functions
+        self._functions = functions_of(epilogue)
         for index, function in enumerate(self._functions):
             if isinstance(function.tensor, torch.nn.Parameter):
                 self.register_parameter(f"epilogue_{index}", function.tensor)
@@ -94,8 +94,10 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     def epilogue(self):
         """The functions applied to the output, with the operands as they are now."""
         return tuple(
-            function if function.tensor is None else type(function)(getattr(self, f"epilogue_{index}"))
-            for index, function in enumerate(self._functions)
+            [
+                function if function.tensor is None else type(function)(getattr(self, f"epilogue_{index}"))
+                for index, function in enumerate(self._functions)
+            ]
         )
 
     def forward(self, input, output_size=None):

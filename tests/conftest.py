@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from rawkern.autograd.operator import forget_plans
+
 torch.manual_seed(0)
 
 
@@ -28,3 +30,9 @@ def device(request):
 def _float32_is_float32(monkeypatch):
     """torch's convolutions multiply float32 as float32, and so do ours; tests of TF32 ask for it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def _decided_anew():
+    """No test repeats launches that another test decided on: tests change what is decided by."""
+    forget_plans()

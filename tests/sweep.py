@@ -4,6 +4,7 @@
 AddressSanitizer, test_compile.py to see which instantiations are launched.
 """
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 
 from rawkern import epilogue, runtime
 from rawkern.launchers import block_math
+from rawkern.launchers import conv_transpose2d_direct as direct
+from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.channel_sum import channel_sum
 from rawkern.launchers.conv_transpose2d import (
@@ -42,6 +45,7 @@ from rawkern.launchers.min_sum_gelu_add import input_gradient as min_sum_input_g
 from rawkern.launchers.min_sum_gelu_add import min_sum_gelu_add as min_sum_min_sum_gelu_add
 from rawkern.launchers.min_sum_gelu_add import sum_gradient as min_sum_sum_gradient
 from rawkern.launchers.pointwise import pointwise, pointwise_backward, pointwise_double_backward
+from rawkern.runtime.emulator import Emulator
 
 MOMENTS = chain_of((epilogue.GELU(),))
 DTYPES = tuple(runtime.CPP_TYPES)
@@ -74,20 +78,85 @@ CONVOLUTIONS = (
 LARGER = ((1, 9, 9, 16), (9, 70, 1, 2), 1, 0, 0, 1, 2)
 
 
+@contextlib.contextmanager
+def direct_kernels(few_channels=None, min_products=None):
+    """Where the direct kernels are taken, other than by default: see conv_transpose2d_direct.py."""
+    kept = direct.few_channels, direct.MIN_PRODUCTS
+    try:
+        direct.few_channels = few_channels or kept[0]
+        direct.MIN_PRODUCTS = kept[1] if min_products is None else min_products
+        _forget_plans()
+        yield
+    finally:
+        direct.few_channels, direct.MIN_PRODUCTS = kept
+        _forget_plans()
+
+
+def _forget_plans():
+    direct.direct_plan.cache_clear()
+    direct.direct_weight_gradient_plan.cache_clear()
+
+
+@contextlib.contextmanager
+def architecture(name):
+    """Kernels are chosen as on a GPU of this architecture, those of warpgroups also where others are faster. A GPU of
+    another architecture does so as well as it can: Hopper can leave out the kernels of warpgroups."""
+    kept = Emulator.arch, warpgroup.plan, warpgroup.is_faster
+    try:
+        Emulator.arch = name
+        warpgroup.is_faster = lambda *_: True
+        if name != "sm_90a":
+            warpgroup.plan = lambda *_, **__: None
+        yield
+    finally:
+        Emulator.arch, warpgroup.plan, warpgroup.is_faster = kept
+
+
 def sweep_conv_transpose2d():
+    """By implicit GEMMs of warps and threads."""
+    with direct_kernels(lambda geometry: False), architecture("sm_80"):
+        _sweep_convolutions(CONVOLUTIONS)
+
+
+#: For the kernels of warpgroups: strides from 1 to 5, several slabs and units of channels, groups, a dilation.
+WARPGROUP_CONVOLUTIONS = (
+    ((2, 20, 5, 9), (20, 70, 3, 3), 1, 1, 0, 1, 1),
+    ((2, 130, 4, 5), (130, 17, 4, 4), 2, 1, 1, 1, 1),
+    ((1, 36, 3, 7), (36, 6, 2, 5), (3, 4), (0, 1), (2, 0), 3, (1, 2)),
+    ((1, 18, 3, 2), (18, 9, 5, 1), 5, (2, 0), (0, 3), 2, 1),
+    ((3, 2, 1, 1), (2, 1, 1, 1), 1, 0, 0, 2, 1),
+    ((2, 16, 2, 33), (16, 16, 3, 3), (2, 4), 1, 1, 1, 1),
+)
+
+
+def sweep_conv_transpose2d_warpgroup():
+    """By products of warpgroups: 16-bit types, and float32 in TF32."""
+    with direct_kernels(lambda geometry: False), architecture("sm_90a"):
+        _sweep_convolutions(WARPGROUP_CONVOLUTIONS, warpgroup.DTYPES, precisions=("tf32",))
+
+
+def sweep_conv_transpose2d_direct():
+    """By the kernel for all shapes, and by kernels for one."""
+    _sweep_convolutions(CONVOLUTIONS)
+    with direct_kernels(min_products=0):
+        _sweep_convolutions(direct.EXAMPLES, [dtype for dtype in DTYPES if dtype != runtime.bfloat16])
+
+
+def _sweep_convolutions(convolutions, dtypes=DTYPES, precisions=("ieee", "tf32")):
     model = (epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0))
-    for dtype, (index, case) in itertools.product(DTYPES, enumerate(CONVOLUTIONS)):
+    for dtype, (index, case) in itertools.product(dtypes, enumerate(convolutions)):
         input_shape, weight_shape, *rest = case
         geometry = Geometry.of(input_shape, weight_shape, *rest)
         input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
         bias, grad = numbers(geometry.out_channels, dtype, 2), numbers(geometry.output_shape, dtype, 3)
-        for precision in ("ieee", "tf32") if dtype == np.float32 else ("ieee",):
+        for precision in precisions if dtype == np.float32 else ("ieee",):
             options = dict(precision=precision)
             conv_transpose2d(input, weight, bias, *rest, epilogue=model if index % 2 else (), **options)
             conv_transpose2d(channels_last(input), strided(weight), None, *rest, **options)
             input_gradient(grad, weight, geometry, **options)
             input_gradient(channels_last(grad), strided(weight), geometry, **options)
             weight_gradient(input, grad, geometry, **options)
+            weight_gradient(channels_last(input), channels_last(grad), geometry, **options)
             weight_gradient(strided(input), channels_last(grad), geometry, **options)
             channel_min(input, weight, bias, geometry, **options)
             with_moments(input, weight, bias, MOMENTS, geometry, **options)
@@ -95,6 +164,11 @@ def sweep_conv_transpose2d():
 
 def sweep_conv_transpose2d_blocks():
     """Every size of block, also where the launcher would not choose it."""
+    with direct_kernels(lambda geometry: False), architecture("sm_80"):
+        _sweep_blocks()
+
+
+def _sweep_blocks():
     input_shape, weight_shape, *rest = LARGER
     geometry = Geometry.of(input_shape, weight_shape, *rest)
     choose = block_math.choose
@@ -112,6 +186,16 @@ def sweep_conv_transpose2d_blocks():
                 weight_gradient(input, grad, geometry, precision=precision)
     finally:
         block_math.choose = choose
+
+
+def sweep_conv_transpose2d_weight_gradient():
+    """On tensor cores: each kind of instruction and way of staging, with channels and pixels that end in a tile."""
+    for arch, dtype in itertools.product(("sm_90a", "sm_80"), (np.dtype("float32"), np.dtype("float16"))):
+        for width, arrange in ((9, np.ascontiguousarray), (9, channels_last), (64, np.ascontiguousarray)):
+            geometry = Geometry.of((2, 18, 5, width), (18, 22, 3, 3), 1, 1)
+            input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
+            with architecture(arch):
+                weight_gradient(arrange(input), arrange(grad), geometry, precision="tf32")
 
 
 def _choose(choose, wanted, candidates, *sizes):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sweep import direct_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the benchmarks are run from a checkout and are not installed
@@ -401,7 +402,9 @@ def test_the_precision_of_a_mode_passes():
 def test_rawkerns_own_tf32_kernel_is_caught_in_ieee_mode():
     class Pretender(ConvTranspose2d):
         def call(self, problem, direction, arrays, precision, out=None):
-            return super().call(problem, direction, arrays, "tf32", out)
+            # Few channels have kernels that multiply in full float32 whatever is asked; here they pass for many.
+            with direct_kernels(few_channels=lambda *shape: False):
+                return super().call(problem, direction, arrays, "tf32", out)
 
     assert judged(Pretender(), "float32/tf32").problems == []
     assert any("error" in problem for problem in judged(Pretender(), "float32/ieee").problems)

@@ -1,7 +1,11 @@
 """conv_transpose2d and its gradients: parity with torch, derivatives, layouts, precision modes, epilogues, errors."""
 
+import functools
+import math
+
 import numpy as np
 import pytest
+import sweep
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
@@ -9,9 +13,14 @@ from hypothesis import strategies as st
 
 import rawkern
 from rawkern import launchers
+from rawkern.autograd.conv_transpose2d import INPUT_GRADIENT, convolution_of
 from rawkern.epilogue import ELU, GELU, Add, Clamp, Minimum, Mul, Sigmoid, SiLU, Tanh
-from rawkern.launchers.conv_transpose2d import input_gradient, weight_gradient
+from rawkern.launchers import conv_transpose2d_direct as direct
+from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
+from rawkern.launchers.chain import chain_of
+from rawkern.launchers.conv_transpose2d import input_gradient, weight_gradient, with_moments
 from rawkern.launchers.geometry import Geometry
+from rawkern.runtime.emulator import Emulator
 from rawkern.testing import TF32_ROUNDING, assert_as_accurate_as_torch, assert_parity
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -31,8 +40,10 @@ def problem(batch, channels, size, kernel, bias=True, groups=1, **parameters):
     return inputs | {"groups": groups} | parameters
 
 
-def check(inputs, dtype, device, **options):
-    assert_parity(rawkern.conv_transpose2d, F.conv_transpose2d, inputs, dtype=dtype, device=device, **options)
+def check(inputs, dtype, device, kernel=None, **options):
+    ours = functools.partial(rawkern.conv_transpose2d, **precision_for(kernel, dtype))
+    options |= rounding_of(kernel, dtype)
+    assert_parity(ours, F.conv_transpose2d, inputs, dtype=dtype, device=device, **options)
 
 
 CASES = {
@@ -57,10 +68,191 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+#: The ways there are to compute a convolution, and what makes the launchers take each: the architecture, and
+#: arguments of sweep.direct_kernels.
+IMPLICIT_GEMM, WARPGROUP, DIRECT, DIRECT_TILE = "implicit GEMM", "warpgroup", "direct", "direct, for one shape"
+KERNELS = {
+    IMPLICIT_GEMM: ("sm_80", dict(few_channels=lambda geometry: False)),
+    WARPGROUP: ("sm_90a", dict(few_channels=lambda geometry: False)),
+    DIRECT: ("sm_90a", dict(few_channels=lambda geometry: True, min_products=2**62)),
+    DIRECT_TILE: ("sm_90a", dict(few_channels=lambda geometry: True, min_products=0)),
+}
+#: With every dtype, but for kernels compiled for one shape, of which there are endlessly many.
+KERNELS_AND_DTYPES = [
+    (kernel, dtype)
+    for kernel in (IMPLICIT_GEMM, WARPGROUP, DIRECT)
+    for dtype in (DTYPES[1:] if kernel == WARPGROUP else DTYPES)
+]
+
+
+@pytest.fixture
+def kernel(request):
+    """All convolutions of the test are computed in the way that is the parameter; float32 by warpgroups only where
+    `precision_for` is heeded."""
+    arch, choice = KERNELS[request.param]
+    with sweep.architecture(arch), sweep.direct_kernels(**choice):
+        yield request.param
+
+
+def precision_for(kernel, dtype):
+    """The arguments of rawkern's functions with which the kernels of the fixture's name are taken."""
+    return {"precision": "tf32"} if kernel == WARPGROUP and dtype == torch.float32 else {}
+
+
+def rounding_of(kernel, dtype):
+    """The arguments of assert_parity that go with `precision_for`."""
+    return {"rounding": TF32_ROUNDING} if precision_for(kernel, dtype) else {}
+
+
+def exact_in_tf32(inputs):
+    """The tensors rounded, so that the forward pass must be as accurate in TF32 as in float32: what a chain makes of
+    TF32's rounding is no matter of its results' scale."""
+    return {name: tensor.bfloat16().double() for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, indirect=["kernel"])
 @pytest.mark.parametrize("case", CASES)
-def test_parity(case, dtype, device):
-    check(CASES[case], dtype, device)
+def test_parity(case, dtype, kernel, device):
+    check(CASES[case], dtype, device, kernel)
+
+
+#: For the kernels of warpgroups: several slabs and units of channels, tiles in both directions and across images,
+#: strides of more phases than are computed together, weights streamed for longer than what is staged lasts.
+LARGER = {
+    "several slabs": problem(2, (150, 40), (9, 11), (3, 3), padding=1),
+    "several units": problem(1, (24, 150), (7, 20), (4, 4), stride=2, padding=1),
+    "groups of several slabs and units": problem(2, (140, 150), (5, 6), (3, 3), stride=(1, 2), groups=2),
+    "many tiles": problem(3, (20, 24), (37, 75), (3, 3), padding=1),
+    "stride 3": problem(2, (18, 20), (9, 8), (5, 4), stride=3, padding=2, output_padding=1),
+    "stride 5": problem(2, (18, 20), (5, 7), (3, 6), stride=(4, 5), padding=1),
+    "dilated": problem(2, (17, 19), (12, 15), (3, 3), stride=(2, 1), padding=3, dilation=(3, 4)),
+    "1 x 1": problem(2, (33, 65), (11, 13), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", LARGER)
+def test_parity_of_larger_problems(case, channels_last, dtype, kernel, device):
+    inputs = dict(LARGER[case])
+    if channels_last:
+        inputs["input"] = inputs["input"].to(memory_format=torch.channels_last)
+    check(inputs, dtype, device, kernel)
+
+
+def geometry_of(inputs):
+    parameters = {name: value for name, value in inputs.items() if name not in ("input", "weight", "bias")}
+    return Geometry.of(inputs["input"].shape, inputs["weight"].shape, **parameters)
+
+
+@pytest.mark.parametrize("case", CASES | LARGER)
+def test_warpgroups_are_chosen(case):
+    """By default, for all that they serve: otherwise the tests above would try other kernels.
+
+    The input gradient stages a plane for each pixel of a stride: too many for shared memory where strides are large.
+    """
+    geometry = geometry_of((CASES | LARGER)[case])
+    for dtype in map(np.dtype, ("float32", "float16")):
+        for transposed in (True, False) if math.prod(geometry.stride) < 16 else (True,):
+            assert warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=transposed)
+            assert not warpgroup.plan(geometry, dtype, "tf32", "sm_80", 1, transposed=transposed)
+    assert not warpgroup.plan(geometry, np.dtype("float32"), "ieee", "sm_90a", 1, transposed=True)
+    assert not warpgroup.plan(geometry, np.dtype("float64"), "tf32", "sm_90a", 1, transposed=True)
+
+
+@pytest.mark.parametrize("way", [IMPLICIT_GEMM, WARPGROUP])
+def test_the_architecture_decides(way, monkeypatch):
+    """Which kernels run on the emulator, forward and backward."""
+    launched = []
+    launch = Emulator.launch
+    monkeypatch.setattr(
+        Emulator, "launch", lambda self, kernel, *rest: launched.append(kernel.type) or launch(self, kernel, *rest)
+    )
+    x, w = (draw(*shape).half().requires_grad_() for shape in ((1, 20, 4, 5), (20, 24, 3, 3)))
+    with sweep.architecture(KERNELS[way][0]):
+        rawkern.conv_transpose2d(x, w).sum().backward()
+    multiplies = [kernel for kernel in launched if not kernel.startswith(("SumSlices", "PackWeight"))]
+    assert len(multiplies) >= 3
+    assert all(("Warpgroup" in kernel) == (way == WARPGROUP) for kernel in multiplies)
+
+
+#: For the kernels compiled for one shape: several tiles in both directions, several tiles of channels, channels staged
+#: in several parts, sums in runs, phases without taps and with different numbers of them, long reaches.
+TILED = {
+    "depthwise": problem(2, (3, 3), (40, 70), (3, 3), padding=1, groups=3),
+    "depthwise with stride": problem(1, (2, 2), (19, 37), (7, 7), stride=2, padding=3, output_padding=1, groups=2),
+    "groups": problem(
+        2, (16, 32), (9, 35), (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1), output_padding=(0, 2), groups=2
+    ),
+    "from few": problem(1, (3, 40), (9, 12), (4, 4), stride=2, padding=1),
+    "to few": problem(1, (70, 3), (7, 9), (5, 5), stride=2, padding=2, output_padding=1),
+    "kernel smaller than stride": problem(2, (4, 3), (4, 5), (1, 2), stride=(3, 4)),
+    "stride and dilation share a factor": CASES["stride and dilation share a factor"],
+    "dilated": problem(1, (4, 4), (12, 15), (3, 3), padding=4, dilation=4, groups=2),
+    "stride 5": problem(1, (4, 8), (7, 8), (3, 4), stride=5, padding=1, groups=4),
+    "padding removes most": problem(2, (3, 3), (5, 6), (3, 3), padding=3, groups=3),
+}
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", TILED)
+def test_parity_of_kernels_for_one_shape(case, channels_last, kernel, device):
+    inputs = dict(TILED[case])
+    if channels_last:
+        inputs["input"] = inputs["input"].to(memory_format=torch.channels_last)
+    check(inputs, torch.float32, device)
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["depthwise with stride", "groups"])
+def test_dtypes_of_kernels_for_one_shape(case, dtype, kernel, device):
+    check(TILED[case], dtype, device)
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_kernels_for_one_shape_exist(case):
+    """Otherwise the two tests above would try the kernel for all shapes."""
+    geometry = geometry_of(TILED[case])
+    for channels_last in (False, True):
+        plans = [direct.tile_plan(geometry, np.dtype("float32"), way, channels_last) for way in (True, False)]
+        assert all([*plans, direct.tile_weight_gradient_plan(geometry, np.dtype("float32"), channels_last)])
+
+
+TOO_LARGE = {
+    "stride of many phases": problem(1, (2, 2), (3, 4), (3, 3), stride=(2, 17), groups=2),
+    "kernel of many taps": problem(1, (1, 1), (2, 2), (41, 41), padding=20),
+    "reach beyond shared memory": problem(1, (1, 1), (3, 3), (2, 3), dilation=(900, 700), padding=(400, 600)),
+}
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_what_no_tile_holds_goes_to_the_kernel_for_all_shapes(case, kernel, device):
+    plan = direct.direct_plan(geometry_of(TOO_LARGE[case]), np.dtype("float32"), None, transposed=True)
+    assert isinstance(plan, direct.DirectPlan)
+    check(TOO_LARGE[case], torch.float32, device)
+
+
+#: Beyond what a plan of warpgroup_gather.cuh can say, or what its shared memory holds.
+TOO_LARGE_FOR_WARPGROUPS = TOO_LARGE | {
+    "many phases and taps": problem(1, (17, 18), (2, 2), (3, 90), stride=(1, 65)),
+    "a row that no stage holds": problem(1, (17, 18), (1, 2), (1, 2), stride=(1, 300), dilation=(1, 299)),
+}
+
+
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("case", TOO_LARGE_FOR_WARPGROUPS)
+def test_what_warpgroups_do_not_hold_goes_to_the_implicit_gemm(case, kernel, device):
+    inputs = TOO_LARGE_FOR_WARPGROUPS[case]
+    plans = [
+        warpgroup.plan(geometry_of(inputs), np.dtype("float16"), None, "sm_90a", 1, transposed=way)
+        for way in (True, False)
+    ]
+    assert None in plans
+    check(inputs, torch.float16, device, kernel)
 
 
 @st.composite
@@ -110,12 +302,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight"])
-def test_layouts(layout, which, device):
+def test_layouts(layout, which, kernel, device):
     inputs = problem(2, (4, 6), (5, 6), (3, 2), stride=2, padding=1)
     inputs[which] = LAYOUTS[layout](inputs[which])
-    check(inputs, torch.float32, device)
+    check(inputs, torch.float32, device, kernel)
+    if kernel == WARPGROUP:
+        check(inputs, torch.float16, device, kernel)
 
 
 @pytest.mark.parametrize("bias", ["expanded", "strided"])
@@ -135,35 +330,73 @@ def test_channels_last_in_channels_last_out(device):
     assert rawkern.conv_transpose2d(x.detach().contiguous(), draw(4, 3, 2, 2).float().to(device)).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_empty_batch(dtype, device):
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [*KERNELS_AND_DTYPES, *((DIRECT_TILE, dtype) for dtype in DTYPES)], indirect=["kernel"]
+)
+def test_empty_batch(dtype, kernel, device):
     inputs = {
         name: value.to(dtype).to(device)
         for name, value in problem(0, (3, 4), (5, 6), (3, 3)).items()
         if name != "groups"
     }
     leaves = [value.requires_grad_() for value in inputs.values()]
-    y = rawkern.conv_transpose2d(**inputs)
+    y = rawkern.conv_transpose2d(**inputs, **precision_for(kernel, dtype))
     assert y.shape == (0, 4, 7, 8)
     gradients = torch.autograd.grad(y.sum(), leaves)
     assert [g.shape for g in gradients] == [value.shape for value in leaves]
     assert all((g == 0).all() for g in gradients)
 
 
-def test_infinities_and_nan_stay_where_they_belong(device):
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_infinities_and_nan_stay_where_they_belong(kernel, device):
     """A value that is not finite reaches the outputs its taps reach, and no others."""
     x = draw(1, 3, 6, 6)
     x[0, 1, 2, 3], x[0, 0, 5, 0], x[0, 2, 0, 5] = float("inf"), float("nan"), float("-inf")
-    check(problem(1, (3, 5), (6, 6), (3, 3), stride=2) | {"input": x}, torch.float32, device, backward=False)
+    inputs = problem(1, (3, 5), (6, 6), (3, 3), stride=2) | {"input": x}
+    check(inputs, torch.float32, device, kernel, backward=False)
+
+
+@pytest.mark.parametrize("kernel", [IMPLICIT_GEMM, WARPGROUP, DIRECT], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_infinite_channels_of_other_groups(groups, dtype, kernel, device):
+    """Channels that are staged to fill a tile, of other groups or of none, are met by no sum."""
+    inputs = problem(2, (20, 24), (9, 11), (3, 3), stride=(1, 2), groups=groups)
+    inputs["input"][1, 19], inputs["input"][0, 0, 3, 4] = float("inf"), float("nan")
+    check(inputs, dtype, device, kernel, backward=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_an_infinite_input_leaves_the_weights_that_it_does_not_meet(kernel):
+    """At the edge, where padding cuts its products off, and not 0 * inf instead."""
+    geometry = Geometry.of((1, 2, 9, 35), (2, 1, 3, 3), padding=1, groups=2)
+    x, gy = (draw(*shape).float().numpy() for shape in (geometry.input_shape, geometry.output_shape))
+    for h, w, reached in ((0, 34, np.s_[1:, :2]), (8, 0, np.s_[:2, 1:]), (8, 34, np.s_[:2, :2])):
+        without, with_infinity = x.copy(), x.copy()
+        without[0, 1, h, w], with_infinity[0, 1, h, w] = 0, np.inf
+        expected = weight_gradient(without, gy, geometry)
+        expected[1, 0][reached] = np.sign(gy[0, 1, max(h - 1, 0) : h + 2, max(w - 1, 0) : w + 2]) * np.inf
+        np.testing.assert_array_equal(weight_gradient(with_infinity, gy, geometry), expected)
 
 
 # Precision of float32 products
 
 
+@pytest.mark.parametrize("kernel", [DIRECT, DIRECT_TILE], indirect=True)
+def test_few_channels_are_multiplied_as_float32(kernel, device):
+    """In every mode: these problems are bound by memory."""
+    x, w = draw(1, 3, 6, 7).float().to(device), draw(3, 2, 3, 3, seed=1).float().to(device)
+    results = [rawkern.conv_transpose2d(x, w, precision=name) for name in ("ieee", "tf32")]
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="precision must be"):
+        rawkern.conv_transpose2d(x, w, precision="bf16")
+
+
+@pytest.mark.parametrize("kernel", [IMPLICIT_GEMM, WARPGROUP], indirect=True)
 @pytest.mark.parametrize(
     "case", ["first model", "everything differs between height and width", "many channels", "depthwise"]
 )
-def test_tf32(case, device):
+def test_tf32(case, kernel, device):
     """Within what rounding both operands to TF32 does, and not by accident as exact as float32."""
     inputs = CASES[case]
     ours = lambda *a, **k: rawkern.conv_transpose2d(*a, **k, precision="tf32")  # noqa: E731
@@ -174,7 +407,8 @@ def test_tf32(case, device):
     assert error > 1e-5
 
 
-def test_tf32_keeps_infinity_and_nan(device):
+@pytest.mark.parametrize("kernel", [IMPLICIT_GEMM, WARPGROUP], indirect=True)
+def test_tf32_keeps_infinity_and_nan(kernel, device):
     x = torch.zeros(1, 1, 1, 4, device=device)
     x[0, 0, 0] = torch.tensor([float("inf"), float("nan"), 3e38, 1.0])
     y = rawkern.conv_transpose2d(x, torch.ones(1, 1, 1, 1, device=device), precision="tf32").flatten()
@@ -183,7 +417,7 @@ def test_tf32_keeps_infinity_and_nan(device):
 
 def test_default_precision_on_cpu_is_ieee(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    x, w = draw(1, 8, 4, 4).float(), draw(8, 4, 3, 3).float()
+    x, w = draw(1, 20, 4, 4).float(), draw(20, 24, 3, 3).float()
     ieee = rawkern.conv_transpose2d(x, w, precision="ieee")
     assert torch.equal(rawkern.conv_transpose2d(x, w), ieee)
     assert not torch.equal(rawkern.conv_transpose2d(x, w, precision="tf32"), ieee)
@@ -191,7 +425,7 @@ def test_default_precision_on_cpu_is_ieee(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_precision_on_a_gpu_follows_torch():
-    x, w = draw(1, 8, 4, 4).float().cuda(), draw(8, 4, 3, 3).float().cuda()
+    x, w = draw(1, 20, 4, 4).float().cuda(), draw(20, 24, 3, 3).float().cuda()
     modes = {name: rawkern.conv_transpose2d(x, w, precision=name) for name in ("ieee", "tf32")}
     for allowed, name in ((True, "tf32"), (False, "ieee")):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
@@ -216,17 +450,27 @@ def long_chain(y):
     return F.gelu(torch.sigmoid(F.elu(torch.tanh(y), 0.7) * 3.0), approximate="tanh")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, indirect=["kernel"])
 @pytest.mark.parametrize("name", EPILOGUES)
-def test_epilogue(name, dtype, device):
+def test_epilogue(name, dtype, kernel, device):
     chain, expected = EPILOGUES[name]
     expected = expected or long_chain
     inputs = {"input": draw(2, 4, 5, 4) * 0.5, "weight": draw(4, 6, 3, 3, seed=1) * 0.5, "bias": draw(6, seed=2) * 0.5}
-    ours = lambda **k: rawkern.conv_transpose2d(**k, stride=2, epilogue=chain)  # noqa: E731
-    assert_parity(ours, lambda **k: expected(F.conv_transpose2d(**k, stride=2)), inputs, dtype=dtype, device=device)
+    precision = precision_for(kernel, dtype)
+    ours = lambda **k: rawkern.conv_transpose2d(**k, stride=2, epilogue=chain, **precision)  # noqa: E731
+    theirs = lambda **k: expected(F.conv_transpose2d(**k, stride=2))  # noqa: E731
+    check_chain(ours, theirs, inputs, dtype, device, kernel)
 
 
-def test_epilogue_with_tensors(device):
+def check_chain(ours, theirs, inputs, dtype, device, kernel):
+    if rounding := rounding_of(kernel, dtype):
+        inputs = exact_in_tf32(inputs)
+        assert_parity(ours, theirs, inputs, dtype=dtype, device=device, backward=False)
+    assert_parity(ours, theirs, inputs, dtype=dtype, device=device, **rounding)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_epilogue_with_tensors(kernel, device):
     inputs = {
         "input": draw(2, 4, 5, 4),
         "weight": draw(4, 6, 3, 3, seed=1) * 0.5,
@@ -236,13 +480,14 @@ def test_epilogue_with_tensors(device):
     }
 
     def ours(input, weight, bias, scale, shift):
-        return rawkern.conv_transpose2d(input, weight, bias, epilogue=(Mul(scale), Tanh(), Add(shift)))
+        chain = Mul(scale), Tanh(), Add(shift)
+        return rawkern.conv_transpose2d(input, weight, bias, epilogue=chain, **precision_for(kernel, input.dtype))
 
     def theirs(input, weight, bias, scale, shift):
         return torch.tanh(F.conv_transpose2d(input, weight, bias) * scale) + shift
 
     for dtype in DTYPES:
-        assert_parity(ours, theirs, inputs, dtype=dtype, device=device)
+        check_chain(ours, theirs, inputs, dtype, device, kernel)
 
 
 def test_a_new_number_compiles_nothing(device, monkeypatch):
@@ -319,22 +564,39 @@ def test_unneeded_gradients_are_not_computed(monkeypatch):
         inputs[needed].requires_grad_()
         y = rawkern.conv_transpose2d(*inputs)
         with monkeypatch.context() as patch:
-            for index, name in enumerate(("InputGradient", "WeightGradient", "ChannelSum")):
+            for index, name in enumerate(("INPUT_GRADIENT", "WEIGHT_GRADIENT", "CHANNEL_SUM")):
                 if index != needed:
                     patch.setattr(module, name, None)
             y.sum().backward()
         assert inputs[needed].grad is not None
 
 
-def test_two_runs_are_bitwise_equal(device):
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_two_runs_are_bitwise_equal(kernel, device):
     inputs = [
         value.float().to(device).requires_grad_() for value in (draw(3, 20, 30, 30), draw(20, 24, 3, 3), draw(24))
     ]
     runs = []
     for _ in range(2):
-        y = rawkern.conv_transpose2d(*inputs, stride=2)
+        y = rawkern.conv_transpose2d(*inputs, stride=2, **precision_for(kernel, torch.float32))
         runs.append([y, *torch.autograd.grad(y, inputs, torch.cos(y.detach()))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_moments(kernel):
+    """Far from zero, where squares would cancel; several tiles and warps, edges in both directions."""
+    x, w = draw(2, 3, 21, 40).float().numpy(), draw(3, 5, 3, 3, seed=1).float().numpy()
+    bias = np.float32([1e4, -1e4, 0, 1, 2])
+    geometry = Geometry.of(x.shape, w.shape, stride=2, padding=1)
+    out, moments = with_moments(x, w, bias, chain_of((Mul(2.0),)), geometry, **precision_for(kernel, torch.float32))
+    values = 2 * out.astype(np.float64).reshape(10, -1)
+    count, mean, squares = np.moveaxis(moments, 2, 0)
+    assert (count.sum(1) == values.shape[1]).all()
+    total = (count * mean).sum(1) / count.sum(1)
+    np.testing.assert_allclose(total, values.mean(1), rtol=1e-6, atol=1e-5)
+    spread = squares.sum(1) + (count * (mean - total[:, None]) ** 2).sum(1)
+    np.testing.assert_allclose(spread, values.var(1) * values.shape[1], rtol=1e-5)
 
 
 # The array level
@@ -462,6 +724,19 @@ def test_mixed_devices():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("kernel", [DIRECT, DIRECT_TILE], indirect=True)
+def test_more_than_2_to_the_31_elements_of_few_channels(kernel):
+    x = torch.randn(1, 4, 16, 2**25, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(4, 1, 1, 2, device="cuda", dtype=torch.bfloat16)
+    y = rawkern.conv_transpose2d(x, w, groups=4)
+    last = F.conv_transpose2d(x[:, -1:, 15:, -1000:].float(), w[-1:].float())
+    torch.testing.assert_close(y[:, -1:, 15:, -1000:].float(), last[..., 1:], rtol=1e-2, atol=1e-2)
+    gradient = INPUT_GRADIENT((y, w), ((16, 2**25), *convolution_of(1, 0, 0, 1, 4, "ieee")))
+    expected = F.conv2d(y[:, -1:, 15:, -1000:].float(), w[-1:].float())
+    torch.testing.assert_close(gradient[:, -1:, 15:, -999:].float(), expected, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_more_than_2_to_the_31_elements():
     """Offsets past 2**31 in the output, and in the input of the gradients."""
     x = torch.randn(2, 8, 2, 2**20, device="cuda", dtype=torch.bfloat16)
@@ -470,9 +745,6 @@ def test_more_than_2_to_the_31_elements():
     assert y.numel() > 2**31
     last = F.conv_transpose2d(x[1:, :, 1:, -1000:].float(), w[:, -4:].float(), stride=(1, 2))
     torch.testing.assert_close(y[1:, -4:, 1:, -2000:].float(), last, rtol=1e-2, atol=1e-2)
-    geometry = Geometry.of(x.shape, w.shape, stride=(1, 2))
-    from rawkern.autograd.conv_transpose2d import InputGradient
-
-    gradient = InputGradient.apply(y, w, geometry, "ieee")
+    gradient = INPUT_GRADIENT((y, w), ((2, 2**20), *convolution_of((1, 2), 0, 0, 1, 1, "ieee")))
     expected = F.conv2d(y[1:, :, 1:, -2000:].float(), w.float(), stride=(1, 2))
     torch.testing.assert_close(gradient[1:, :, 1:, -1000:].float(), expected, rtol=2e-2, atol=1.0)

@@ -1,6 +1,7 @@
 """rawkern.gelu, the chain of one function: parity, derivatives, errors. Kinks and tails: test_epilogue."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -42,6 +43,70 @@ def test_every_16_bit_number(approximate, dtype, device):
     # The oracle in float64 has no infinities where x has none; NaN and infinities are checked against torch's.
     oracle = F.gelu(x.double(), approximate=approximate)
     assert_as_accurate_as_torch(rawkern.gelu(x.to(device), approximate), theirs, oracle)
+
+
+def orders(gelu, x, approximate):
+    """Value, first and second derivative."""
+    x = x.detach().clone().requires_grad_()
+    value = gelu(x, approximate=approximate)
+    (first,) = torch.autograd.grad(value, x, torch.ones_like(x), create_graph=True)
+    (second,) = torch.autograd.grad(first, x, torch.ones_like(x))
+    return [order.detach().cpu() for order in (value, first, second)]
+
+
+def every_magnitude():
+    """All finite float32 magnitudes with either sign, some thousand bit patterns apart; densely where GELU bends."""
+    infinity = torch.tensor(math.inf).view(torch.int32).item()
+    bits = torch.cat([torch.arange(0, infinity, 16381), torch.tensor([1, infinity - 1])]).to(torch.int32)
+    magnitude = torch.cat([bits.view(torch.float32), torch.linspace(0, 14, 2**17)])
+    return torch.cat([magnitude, -magnitude])
+
+
+def exact(x, approximate):
+    """GELU in float64 without the cancellation of 1 + erf and 1 + tanh at negative numbers."""
+    if approximate == "none":
+        return x * torch.special.erfc(-x / math.sqrt(2)) / 2
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+def exact_orders(x, approximate):
+    """From negative numbers, where nothing cancels, as GELU(x) - GELU(-x) = x."""
+    value, first, second = orders(exact, -x.double().abs(), approximate)
+    negative = x.signbit()
+    return torch.where(negative, value, x + value), torch.where(negative, first, 1 - first), second
+
+
+def assert_near(x, mine, theirs, expected, name):
+    """An error of at most 3 ulp and twice their largest near x: the same sign, the same eighth of a binade."""
+    # Close to the largest number torch's CPU kernel overflows, and its second derivative is NaN.
+    their_error = torch.where(theirs.isfinite(), (theirs - expected).abs(), 0.0)
+    place = ((x.view(torch.int32) >> 20) + 2**11).long()
+    largest = torch.zeros(2**12, dtype=torch.float64).scatter_reduce(0, place, their_error, "amax")
+    ulp = (expected.abs() * torch.finfo(torch.float32).eps).clamp_min(2.0**-149)
+    good = (mine - expected).abs() <= 2 * largest[place] + 3 * ulp
+    assert good.all(), (name, x[~good], mine[~good], expected[~good])
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+def test_error_at_every_magnitude(approximate, device):
+    x = every_magnitude()
+    ours, torchs = orders(rawkern.gelu, x.to(device), approximate), orders(F.gelu, x.to(device), approximate)
+    for *results, name in zip(ours, torchs, exact_orders(x, approximate), ("value", "first", "second"), strict=True):
+        assert_near(x, *results, name)
+
+
+def test_error_is_that_of_a_perfect_erf(device):
+    """The erf of torch's CPU kernels leaves much room, and differs between processors: one that rounds correctly."""
+    x = every_magnitude()
+    erf = torch.erf((x * math.sqrt(0.5)).double()).float()
+    assert_near(x, rawkern.gelu(x.to(device)).cpu(), x * 0.5 * (1 + erf), exact_orders(x, "none")[0], "value")
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+def test_signs(approximate, device):
+    """x * Phi(x) has the sign of x, zeros and numbers whose result vanishes included."""
+    x = every_magnitude()
+    assert torch.equal(rawkern.gelu(x.to(device), approximate).cpu().signbit(), x.signbit())
 
 
 @pytest.mark.parametrize("approximate", FORMS)

@@ -4,10 +4,10 @@
 // A GEMM for every tap: rows are input channels, columns output channels (both of one group), depth runs over the
 // pixels of x. A block takes one tile of rows and columns of one tap and one slice of the pixels. No sum grows long,
 // lest rounding grow with it: products are summed over kRun slabs, those sums over the slice, and slices are many.
-// Their partial sums, [slice][group][tap][row][column], are added in order and in double by the second kernel: two runs
-// agree bit for bit. A thread owns kPack pixels of a slab and reads several channels of them, lanes along the pixels;
-// where the tap of a pixel falls outside gy it stages zeros. Two slabs of shared memory alternate. Meant for sm_80 and
-// later.
+// Their partial sums, [slice][group][tap][row][column], are added in a fixed order and in double by the second kernel:
+// two runs agree bit for bit. A thread owns kPack pixels of a slab and reads several channels of them, lanes along the
+// pixels; where the tap of a pixel falls outside gy it stages zeros. Two slabs of shared memory alternate. Meant for
+// sm_80 and later.
 #include "axis.cuh"
 #include "block_math.cuh"
 
@@ -192,11 +192,13 @@ struct WeightGradient {
   }
 };
 
-// gw = sum of the slices' partials, in order; one thread per weight, lanes along the output channels.
-template <class T>
+// gw = sum of the slices' partials, each of kParts threads adding up the slices of a part in order, then the parts in
+// order; lanes along the output channels. Many slices of few weights need the parts, few slices of many do not.
+template <class T, int kParts>
 struct SumSlices {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 2;
+  static constexpr int kElements = kThreads / kParts;  // of a block
 
   struct Params {
     const void* partial;
@@ -206,12 +208,31 @@ struct SumSlices {
     int kernel_h, kernel_w, rows, columns;
   };
 
-  __device__ static void run(const Params& p) {
-    int64 index = linear_block() * kThreads + threadIdx.x;
-    if (index >= p.elements) return;
-    const Accumulator<T>* partial = static_cast<const Accumulator<T>*>(p.partial);
+  struct Storage {
+    double parts[kParts][kElements];
+  };
+
+  __device__ static double sum_part(const Params& p, int64 index, int part) {
+    const Accumulator<T>* partial = static_cast<const Accumulator<T>*>(p.partial) + index;
+    int64 count = ceil_div(p.slices, kParts), end = minimum_of((part + 1) * count, p.slices);
     double sum = 0;
-    for (int64 slice = 0; slice < p.slices; ++slice) sum += double(partial[slice * p.elements + index]);
+#pragma unroll 8
+    for (int64 slice = part * count; slice < end; ++slice) sum += double(partial[slice * p.elements]);
+    return sum;
+  }
+
+  __device__ static void run(const Params& p) {
+    RAWKERN_SHARED(Storage, shared);
+    int element = threadIdx.x % kElements, part = threadIdx.x / kElements;
+    int64 index = linear_block() * kElements + element;
+    bool exists = index < p.elements;
+    double sum = exists ? sum_part(p, index, part) : 0;
+    if (kParts > 1) {
+      shared.parts[part][element] = sum;
+      __syncthreads();
+      for (int other = 1; part == 0 && other < kParts; ++other) sum += shared.parts[other][element];
+    }
+    if (!exists || part != 0) return;
     int column = int(index % p.columns);
     int64 rest = index / p.columns;
     int row = int(rest % p.rows);

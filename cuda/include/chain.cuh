@@ -74,8 +74,7 @@ struct Composition<F, Rest...> {
 
 template <int kNumbers, int kTensors, class... Functions>
 struct Chain {
-  static constexpr bool kIsIdentity = sizeof...(Functions) == 0;
-  static constexpr int kNumberCount = kNumbers, kTensorCount = kTensors;
+  static constexpr int kTensorCount = kTensors;
   static constexpr int kNumberSlots = kNumbers > 0 ? kNumbers : 1, kTensorSlots = kTensors > 0 ? kTensors : 1;
   using Steps = Composition<Functions...>;
 

@@ -29,8 +29,8 @@ constexpr unsigned kFullMask = 0xffffffffu;
 #if RAWKERN_GPU
 
 #define RAWKERN_SHARED(Type, name) __shared__ Type name
-#define RAWKERN_DYNAMIC_SHARED(Type, name)                          \
-  extern __shared__ __align__(128) unsigned char rawkern_dynamic[]; \
+#define RAWKERN_DYNAMIC_SHARED(Type, name)                           \
+  extern __shared__ __align__(1024) unsigned char rawkern_dynamic[]; \
   Type& name = *reinterpret_cast<Type*>(rawkern_dynamic)
 #define RAWKERN_KERNEL(name, ...)                                                              \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, __VA_ARGS__::kMinBlocks) \
@@ -47,13 +47,14 @@ namespace rawkern {
 // The block's number in a grid that may be larger than one dimension holds (see launchers' linear_grid).
 __device__ inline int64 linear_block() { return int64(blockIdx.y) * gridDim.x + blockIdx.x; }
 
+#if RAWKERN_GPU
+// An address in shared memory as instructions take it that know no other memory.
+__device__ inline unsigned shared_address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+#endif
+
 template <class T>
 __device__ inline T minimum_of(T a, T b) {
   return b < a ? b : a;
-}
-template <class T>
-__device__ inline T maximum_of(T a, T b) {
-  return a < b ? b : a;
 }
 __host__ __device__ constexpr int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
 

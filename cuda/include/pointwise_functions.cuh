@@ -14,6 +14,7 @@
 // they are computed so that nothing overflows or cancels on the way.
 #pragma once
 #include "element.cuh"
+#include "normal.cuh"
 
 namespace rawkern {
 
@@ -26,10 +27,6 @@ __device__ inline float log1p_of(float x) { return log1pf(x); }
 __device__ inline double log1p_of(double x) { return log1p(x); }
 __device__ inline float tanh_of(float x) { return tanhf(x); }
 __device__ inline double tanh_of(double x) { return tanh(x); }
-// The normal distribution's cumulative function, as torch computes it. erfc would keep its relative precision where
-// 1 + erf cancels, at x below -5, but takes twice the instructions, which is what limits GELU in 16 bit on a GPU.
-__device__ inline float normal_cumulative(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752440f)); }
-__device__ inline double normal_cumulative(double x) { return 0.5 * (1.0 + erf(x * 0.70710678118654752440)); }
 
 template <class A>
 __device__ inline bool is_nan(A x) {
@@ -37,12 +34,7 @@ __device__ inline bool is_nan(A x) {
 }
 template <class A>
 __device__ inline A magnitude(A x) {
-  return x < A(0) ? -x : x;
-}
-// x limited to [-bound, bound]; NaN stays.
-template <class A>
-__device__ inline A limited(A x, A bound) {
-  return x < -bound ? -bound : (x > bound ? bound : x);
+  return fabs(x);
 }
 
 // The logistic function at x and its complement 1 - s, both to full relative precision.
@@ -443,63 +435,57 @@ struct Softplus : Function {
   }
 };
 
-// x * Phi(x). The density is 0 long before x^2
-// overflows, and is computed from a limited x so that its products with x stay 0 (at infinity they are NaN, as in
-// torch).
+// x * Phi(x). Products with the density are formed so that they stay 0 where it is 0, and are NaN only at infinities,
+// as in torch.
 struct GeluErf : Function {
-  template <class A>
-  __device__ static A cumulative(A x) {
-    return math::normal_cumulative(x);
-  }
-  template <class A>
-  __device__ static A density(A x) {
-    A bounded = math::limited(x, A(40));
-    return A(0.39894228040143267794) * math::exp_of(A(-0.5) * bounded * bounded);
-  }
   template <class A, class O>
   __device__ static A value(A x, const O&) {
-    return x * cumulative(x);
+    return x * math::normal_cumulative(x);
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O&) {
-    return g * (cumulative(x) + x * density(x));
+    return g * (math::exact_normal_cumulative(x) + x * math::normal_density(x));
   }
   template <class A, class O>
   __device__ static A second(A g, A x, const O&) {
-    A p = density(x);
-    return g * (A(2) * p - p * x * math::limited(x, A(40)));
+    A p = math::normal_density(x);
+    return g * (A(2) * p - p * x * x);
   }
 };
 
 // x (1 + tanh(u)) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), which is x * logistic(2u).
 struct GeluTanh : Function {
+  static constexpr double kScale = 1.59576912160573071176, kCube = 0.044715, kLog2E = 1.44269504088896340736;
+  // exp(-2u) by way of 2u / x = kScale (1 + kCube x^2)
   template <class A>
-  struct Terms {
-    A s, c, w, dw;  // the logistic function of z = 2u, its complement, dz/dx and d2z/dx2
-    __device__ explicit Terms(A x) {
-      constexpr double kScale = 1.59576912160573071176, kCube = 0.044715;
-      A bounded = math::limited(x, A(30));
-      math::Logistic<A> l(A(kScale) * (bounded + A(kCube) * bounded * bounded * bounded));
-      s = l.s;
-      c = l.c;
-      w = A(kScale) * (A(1) + A(3 * kCube) * bounded * bounded);
-      dw = A(6 * kScale * kCube) * bounded;
+  __device__ static A exponential(A x) {
+    return math::fast_exp2(x * (A(-kLog2E * kScale) + A(-kLog2E * kScale * kCube) * (x * x)));
+  }
+  template <class A, class O>
+  __device__ static A value(A x, const O&) {
+    return x * math::fast_reciprocal(A(1) + exponential(x));
+  }
+  // |x|, limited to where all but the logistic function itself has long been 0, and d(2u)/dx there.
+  template <class A>
+  struct Bounded {
+    A x, w;
+    __device__ explicit Bounded(A signed_x) : x(fmin(math::magnitude(signed_x), A(30))) {
+      w = A(kScale) + A(3 * kScale * kCube) * (x * x);
     }
   };
   template <class A, class O>
-  __device__ static A value(A x, const O&) {
-    return x * Terms<A>(x).s;
-  }
-  template <class A, class O>
   __device__ static A first(A g, A x, const O&) {
-    Terms<A> t(x);
-    return g * (t.s + x * (t.s * t.c) * t.w);
+    Bounded<A> b(x);
+    A e = exponential(b.x), large = math::fast_reciprocal(A(1) + e), small = e * large;
+    return g * ((x < A(0) ? small : large) + x * (small * large * b.w));
   }
+  // An even function, as that of the erf form with the slower exponential.
   template <class A, class O>
   __device__ static A second(A g, A x, const O&) {
-    Terms<A> t(x);
-    A slope = t.s * t.c;
-    return g * (A(2) * slope * t.w + x * slope * ((t.c - t.s) * t.w * t.w + t.dw));
+    Bounded<A> b(x);
+    math::Logistic<A> l(b.x * (A(kScale) + A(kScale * kCube) * (b.x * b.x)));
+    A slope = l.s * l.c, bend = (l.c - l.s) * b.w * b.w + A(6 * kScale * kCube) * b.x;
+    return g * (A(2) * slope * b.w + math::magnitude(x) * slope * bend);
   }
 };
 

@@ -2,21 +2,28 @@
 
 import torch
 
-from ..epilogue import GELU
 from ..launchers.conv_transpose2d_gelu_group_norm import (
     conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
 )
 from ..launchers.conv_transpose2d_gelu_group_norm import (
     conv_transpose2d_gelu_group_norm_backward as launch_conv_transpose2d_gelu_group_norm_backward,
 )
-from ..launchers.geometry import Geometry
 from ..launchers.group_norm_sizes import Sizes, check_eps
-from .conv_transpose2d import check_tensors, conv_transpose2d, empty_output
-from .dlpack import stream_of, to_array
-from .gelu import gelu
-from .gelu_group_norm import composed_gradients, gelu_group_norm
-from .group_norm import group_norm, statistics_like
-from .precision import resolve_precision
+from . import autocast
+from .conv_transpose2d import (
+    CONVOLUTION,
+    check_tensors,
+    convolution_of,
+    convolution_tangent,
+    convolve,
+    fold_images,
+    geometry_of,
+)
+from .gelu import signature_of
+from .gelu_group_norm import gelu_group_norm
+from .group_norm import normalised, normalised_tangent
+from .operator import Operator, is_transformed, needs_gradient, refused
+from .pointwise import composed_gradients, spread
 
 
 def conv_transpose2d_gelu_group_norm(
@@ -51,7 +58,8 @@ def conv_transpose2d_gelu_group_norm(
         approximate: "none" for the erf form of GELU, "tanh" for its approximation.
 
     Returns:
-        (N, C_out, H_out, W_out), channels-last if the input is.
+        (N, C_out, H_out, W_out), channels-last if the input is. Under autocast the convolution runs in autocast's
+        dtype, and the result has the dtype that torch's functions, applied one by one, would give it.
 
     Raises:
         RuntimeError, TypeError, ValueError, ZeroDivisionError: as torch does for the same mistake.
@@ -60,103 +68,163 @@ def conv_transpose2d_gelu_group_norm(
         "conv_transpose2d_gelu_group_norm",
         input=input, weight=weight, conv_bias=conv_bias, norm_weight=norm_weight, norm_bias=norm_bias,
     )  # fmt: skip
-    GELU(approximate)
-    convolution = stride, padding, output_padding, groups, dilation
+    signature_of(approximate)  # for its errors
+    convolution = convolution_of(stride, padding, output_padding, dilation, groups, precision)
+    num_groups, eps = Sizes.check_num_groups(num_groups), check_eps(eps)
     if input.dim() == 3:
-        convolved = conv_transpose2d(input, weight, conv_bias, *convolution, precision=precision)
+        convolved = convolve(input.unsqueeze(0), weight, convolution, conv_bias).squeeze(0)
         return gelu_group_norm(convolved, num_groups, norm_weight, norm_bias, eps, approximate)
-    geometry = Geometry.of(input.shape, weight.shape, *convolution)
-    shapes = [None if tensor is None else tensor.shape for tensor in (norm_weight, norm_bias)]
-    num_groups = Sizes.of(geometry.output_shape, num_groups, *shapes).num_groups
-    arguments = geometry, num_groups, check_eps(eps), approximate, resolve_precision(precision, input)
-    keep = torch.is_grad_enabled()  # inside forward it is always off
-    return ConvTranspose2dGeluGroupNorm.apply(input, weight, conv_bias, norm_weight, norm_bias, keep, *arguments)
-
-
-class ConvTranspose2dGeluGroupNorm(torch.autograd.Function):
-    """The operation on 4-D input."""
-
-    @staticmethod
-    def forward(
-        ctx, input, weight, conv_bias, norm_weight, norm_bias, keep, geometry, num_groups, eps, approximate, precision
-    ):
-        output = empty_output(geometry.output_shape, input)
-        saved = torch.empty_like(output) if keep and any(ctx.needs_input_grad) else None
-        mean, rstd = statistics_like(output, num_groups)
-        launch_conv_transpose2d_gelu_group_norm(
-            to_array(input),
-            to_array(weight),
-            to_array(conv_bias),
-            num_groups,
-            to_array(norm_weight),
-            to_array(norm_bias),
-            eps,
-            *_convolution(geometry),
-            approximate=approximate,
-            precision=precision,
-            out=to_array(output),
-            saved=to_array(saved),
-            mean=to_array(mean),
-            rstd=to_array(rstd),
-            stream=stream_of(input),
+    dtype = None
+    if autocast.is_on(input):
+        input, weight, conv_bias, norm_weight, norm_bias = autocast.lowered(
+            input, weight, conv_bias, norm_weight, norm_bias
         )
-        ctx.arguments = geometry, num_groups, eps, approximate, precision
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, conv_bias, norm_weight, norm_bias, saved, mean, rstd)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        if grad_output is None:
-            return (None,) * 11
-        *inputs, saved, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            grads = composed_gradients(_composition(*ctx.arguments), inputs, needs, grad_output)
-        else:
-            grads = _gradients(grad_output, inputs, saved, mean, rstd, needs, *ctx.arguments)
-        return *grads, None, None, None, None, None, None
+        dtype = autocast.normalised_dtype(input)
+    tensors = input, weight, conv_bias, norm_weight, norm_bias
+    static = num_groups, eps, approximate, *convolution
+    keeps = needs_gradient(tensors) or is_transformed()
+    output = SAVING(tensors, static)[0] if keeps else PLAIN(tensors, static)
+    return output if dtype is None else output.to(dtype)
 
 
-def _gradients(grad_output, inputs, saved, mean, rstd, needs, geometry, num_groups, eps, approximate, precision):
-    input, weight, _, norm_weight, _ = inputs
-    likes = (saved, None, None, None, None)  # the input's gradient is channels-last if the output is
-    outs = [
-        _empty_gradient(tensor, like) if need else None for tensor, like, need in zip(inputs, likes, needs, strict=True)
-    ]
-    launch_conv_transpose2d_gelu_group_norm_backward(
-        to_array(grad_output),
-        to_array(input),
-        to_array(weight),
-        to_array(saved),
-        to_array(mean),
-        to_array(rstd),
-        to_array(norm_weight),
-        geometry,
-        approximate,
-        needs=needs,
-        precision=precision,
-        outs=[to_array(out) for out in outs],
-        stream=stream_of(input),
-    )
-    return outs
+def _shape(tensor):
+    return None if tensor is None else tensor.shape
 
 
-def _empty_gradient(tensor, like):
-    if like is not None:
-        return empty_output(tensor.shape, like)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def _geometry(input, weight, norm_weight, norm_bias, num_groups, convolution):
+    geometry = geometry_of(input.shape, weight.shape, convolution)
+    Sizes.of(geometry.output_shape, num_groups, _shape(norm_weight), _shape(norm_bias))
+    return geometry
 
 
-def _composition(geometry, num_groups, eps, approximate, precision):
+def _launch(call, tensors, num_groups, eps, approximate, convolution, **outputs):
+    input, weight, conv_bias, norm_weight, norm_bias = tensors
+    stride, padding, output_padding, dilation, groups, precision = convolution
+    call(
+        launch_conv_transpose2d_gelu_group_norm,
+        input, weight, conv_bias, num_groups, norm_weight, norm_bias, eps,
+        stride, padding, output_padding, groups, dilation,
+        approximate=approximate, precision=precision, **outputs,
+    )  # fmt: skip
+
+
+def _plain(call, input, weight, conv_bias, norm_weight, norm_bias, num_groups, eps, approximate, *convolution):
+    geometry = _geometry(input, weight, norm_weight, norm_bias, num_groups, convolution)
+    output = call.empty(geometry.output_shape, input, layout_of=input)
+    tensors = input, weight, conv_bias, norm_weight, norm_bias
+    _launch(call, tensors, num_groups, eps, approximate, convolution, out=output)
+    return output
+
+
+def _saving(call, input, weight, conv_bias, norm_weight, norm_bias, num_groups, eps, approximate, *convolution):
+    """The result, the convolution's output, and mean and rstd in one tensor."""
+    geometry = _geometry(input, weight, norm_weight, norm_bias, num_groups, convolution)
+    output, saved = (call.empty(geometry.output_shape, input, layout_of=input) for _ in range(2))
+    statistics = call.empty((2, geometry.batch, num_groups), input, torch.float64)
+    mean, rstd = statistics
+    tensors = input, weight, conv_bias, norm_weight, norm_bias
+    _launch(
+        call, tensors, num_groups, eps, approximate, convolution, out=output, saved=saved, mean=mean, rstd=rstd
+    )  # fmt: skip
+    return output, saved, statistics
+
+
+def _setup(ctx, tensors, static, output):
+    ctx.static = static
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grads):
+    """The forward pass once more: this one kept nothing."""
+    if grads[0] is None:
+        return [None] * 5
+    return composed_gradients(_composition(ctx.static), ctx.saved_tensors, ctx.needs, grads[0])
+
+
+def _saving_setup(ctx, tensors, static, outputs):
+    ctx.static = static
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(*tensors, *outputs[1:])
+
+
+def _saving_gradients(ctx, grads):
+    if grads[0] is None or not any(ctx.needs):
+        return [None] * 5
+    *tensors, saved, statistics = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return composed_gradients(_composition(ctx.static), tensors, ctx.needs, grads[0])
+    _, _, approximate, *convolution = ctx.static
+    input, weight, _, norm_weight, _ = tensors
+    static = approximate, tuple(map(bool, ctx.needs)), *convolution
+    return spread(ctx.needs, BACKWARD((grads[0], input, weight, norm_weight, saved, statistics), static))
+
+
+def _composition(static):
     """The same function in differentiable parts."""
+    num_groups, eps, approximate, *convolution = static
 
     def function(input, weight, conv_bias, norm_weight, norm_bias):
-        convolved = conv_transpose2d(input, weight, conv_bias, *_convolution(geometry), precision=precision)
-        return group_norm(gelu(convolved, approximate), num_groups, norm_weight, norm_bias, eps)
+        convolved = convolve(input, weight, convolution, conv_bias)
+        return normalised(convolved, norm_weight, norm_bias, num_groups, eps, signature_of(approximate))
 
     return function
 
 
-def _convolution(geometry):
-    return geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation
+def _saving_tangent(ctx, tangents):
+    input, weight, _, norm_weight, _, saved, statistics = ctx.saved_tensors
+    num_groups, eps, approximate, *convolution = ctx.static
+    tangent = convolution_tangent(input, weight, convolution, tangents[:3])
+    static = num_groups, eps, signature_of(approximate)
+    return normalised_tangent(saved, norm_weight, statistics, static, (tangent, *tangents[3:])), None, None
+
+
+def _saving_batched(batch_size, dims, tensors, static):
+    """A batch of inputs is more images; anything else is done one after the other."""
+    if any(dim is not None for dim in dims[1:]):
+        return None
+    outputs = SAVING((fold_images(tensors[0], dims[0]), *tensors[1:]), static)
+    places = 0, 0, 1
+    pairs = zip(outputs, places, strict=True)
+    return tuple(output.unflatten(place, (batch_size, -1)) for output, place in pairs), places
+
+
+def _backward(call, grad_output, input, weight, norm_weight, saved, statistics, approximate, needs, *convolution):
+    geometry = geometry_of(input.shape, weight.shape, convolution)
+    channels = (geometry.out_channels,)
+    shapes = geometry.input_shape, geometry.weight_shape, channels, channels, channels
+    layouts = saved, None, None, None, None  # the input's gradient is channels-last if the output is
+    outs = [
+        call.empty(shape, input, layout_of=layout) if need else None
+        for shape, layout, need in zip(shapes, layouts, needs, strict=True)
+    ]
+    mean, rstd = statistics
+    call(
+        launch_conv_transpose2d_gelu_group_norm_backward,
+        grad_output, input, weight, saved, mean, rstd, norm_weight, geometry, approximate,
+        needs=needs, precision=convolution[-1], outs=outs,
+    )  # fmt: skip
+    return tuple(out for out in outs if out is not None)
+
+
+_ARGUMENTS = (
+    "Tensor input, Tensor weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, int num_groups, "
+    f"float eps, str approximate, {CONVOLUTION}"
+)
+
+PLAIN = Operator(
+    f"conv_transpose2d_gelu_group_norm({_ARGUMENTS}) -> Tensor", _plain, setup_context=_setup, backward=_gradients
+)
+SAVING = Operator(
+    f"conv_transpose2d_gelu_group_norm_saving({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _saving,
+    setup_context=_saving_setup,
+    backward=_saving_gradients,
+    jvp=_saving_tangent,
+    vmap=_saving_batched,
+)
+BACKWARD = Operator(
+    "conv_transpose2d_gelu_group_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? norm_weight, "
+    f"Tensor saved, Tensor statistics, str approximate, bool[] needs, {CONVOLUTION}) -> Tensor[]",
+    _backward,
+    backward=refused("the backward pass of a fused normalisation is not differentiable by itself"),
+)

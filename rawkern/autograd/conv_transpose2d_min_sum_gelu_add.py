@@ -1,8 +1,5 @@
 """Transposed convolution, minimum over channels, sum over height, GELU, plus bias, for PyTorch."""
 
-import torch
-from torch.autograd.function import once_differentiable
-
 from ..launchers.conv_transpose2d_min_sum_gelu_add import conv_bias_gradient as launch_conv_bias_gradient
 from ..launchers.conv_transpose2d_min_sum_gelu_add import (
     conv_transpose2d_min_sum_gelu_add as launch_conv_transpose2d_min_sum_gelu_add,
@@ -11,9 +8,20 @@ from ..launchers.conv_transpose2d_min_sum_gelu_add import geometry_of, output_sh
 from ..launchers.conv_transpose2d_min_sum_gelu_add import input_gradient as launch_input_gradient
 from ..launchers.conv_transpose2d_min_sum_gelu_add import sum_gradient as launch_sum_gradient
 from ..launchers.conv_transpose2d_min_sum_gelu_add import weight_gradient as launch_weight_gradient
-from .dlpack import stream_of, to_array
-from .min_sum_gelu_add import bias_gradient, check_operands, empty_saved, plain
-from .precision import resolve_precision
+from ..launchers.min_sum_gelu_add import bias_gradient as launch_bias_gradient
+from . import autocast
+from .conv_transpose2d import CONVOLUTION, convolution_of, convolve
+from .min_sum_gelu_add import (
+    check_operands,
+    check_same,
+    empty_saved,
+    gradient_strides,
+    min_sum_gelu_add,
+    once_differentiable,
+    plain,
+)
+from .operator import Operator, is_transformed, needs_gradient
+from .pointwise import spread
 
 
 def conv_transpose2d_min_sum_gelu_add(
@@ -42,7 +50,8 @@ def conv_transpose2d_min_sum_gelu_add(
             its own convolutions on the tensor's device. Gradients are always computed in full float32.
 
     Returns:
-        A contiguous tensor of the broadcast shape.
+        A contiguous tensor of the broadcast shape. Under autocast the convolution runs in autocast's dtype, and what
+        follows in the dtype that torch's functions, applied one by one, would run in; where these differ, in two steps.
 
     The gradients of input, weight and conv_bias follow the one channel per pixel that was the minimum. Other channels
     are left out, not multiplied by zero: an infinite weight or input that was not the minimum's leaves no NaN. The
@@ -51,80 +60,127 @@ def conv_transpose2d_min_sum_gelu_add(
     Raises:
         RuntimeError, TypeError, ValueError: as torch does for the same mistake.
     """
-    function = "conv_transpose2d_min_sum_gelu_add"
     optional = {} if conv_bias is None else {"conv_bias": conv_bias}
-    check_operands(function, input=input, weight=weight, **optional, bias=bias)
+    check_operands("conv_transpose2d_min_sum_gelu_add", input=input, weight=weight, **optional, bias=bias)
+    convolution = convolution_of(stride, padding, output_padding, dilation, groups, precision)
+    if autocast.is_on(input):
+        input, weight, conv_bias = autocast.lowered(input, weight, conv_bias)
+        if bias.dtype != input.dtype or autocast.normalised_dtype(input) != input.dtype:
+            return min_sum_gelu_add(convolve(input, weight, convolution, conv_bias), bias)
+    for name, operand in (("weight", weight), *({"conv_bias": conv_bias} if optional else {}).items(), ("bias", bias)):
+        check_same("input", input, name, operand)
+    tensors = input, weight, conv_bias, plain(bias)
+    if needs_gradient(tensors) or is_transformed():
+        return SAVING(tensors, convolution)[0]
+    return PLAIN(tensors, convolution)
+
+
+def _geometry(input, weight, conv_bias, convolution):
+    stride, padding, output_padding, dilation, groups, _ = convolution
     geometry = geometry_of(input.shape, weight.shape, stride, padding, output_padding, groups, dilation)
     if conv_bias is not None:
         geometry.check_bias(conv_bias.shape)
-    precision = resolve_precision(precision, input)
-    keep = torch.is_grad_enabled()  # inside forward it is always off
-    return ConvTranspose2dMinSumGELUAdd.apply(input, weight, conv_bias, bias, geometry, precision, keep)
+    return geometry
 
 
-class ConvTranspose2dMinSumGELUAdd(torch.autograd.Function):
-    """Keeps input and weight, one channel number per output pixel, and GELU's argument per output column."""
-
-    @staticmethod
-    def forward(ctx, input, weight, conv_bias, bias, geometry, precision, keep):
-        shape = output_shape(geometry.batch, geometry.output_size[1], bias.shape)
-        output = torch.empty(shape, dtype=input.dtype, device=input.device)
-        index, sums = None, None
-        if keep and any(ctx.needs_input_grad[:3]):
-            index, sums = empty_saved(input, (geometry.batch, *geometry.output_size))
-        launch_conv_transpose2d_min_sum_gelu_add(
-            to_array(input),
-            to_array(weight),
-            to_array(conv_bias),
-            to_array(plain(bias)),
-            geometry.stride,
-            geometry.padding,
-            geometry.output_padding,
-            geometry.groups,
-            geometry.dilation,
-            precision=precision,
-            out=to_array(output),
-            index=to_array(index),
-            sums=to_array(sums),
-            stream=stream_of(input),
-        )
-        ctx.geometry, ctx.bias_shape = geometry, bias.shape
-        ctx.set_materialize_grads(False)
-        needs_input, needs_weight, *_ = ctx.needs_input_grad
-        ctx.like = torch.empty_like(input, device="meta")  # the gradient's layout, also where the input is not kept
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, index, sums)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        if grad_output is None:
-            return (None,) * 7
-        needs_bias = ctx.needs_input_grad[3]
-        grad_input, grad_weight, grad_conv_bias = _convolution_gradients(ctx, grad_output)
-        grad_bias = bias_gradient(grad_output, ctx.bias_shape) if needs_bias else None
-        return grad_input, grad_weight, grad_conv_bias, grad_bias, None, None, None
+def _launch(call, input, weight, conv_bias, bias, convolution, **outputs):
+    stride, padding, output_padding, dilation, groups, precision = convolution
+    call(
+        launch_conv_transpose2d_min_sum_gelu_add,
+        input, weight, conv_bias, bias, stride, padding, output_padding, groups, dilation,
+        precision=precision, **outputs,
+    )  # fmt: skip
 
 
-def _convolution_gradients(ctx, grad_output):
-    """The gradients for input, weight and conv_bias; None for those that are not needed."""
-    needs_input, needs_weight, needs_conv_bias = ctx.needs_input_grad[:3]
-    if not (needs_input or needs_weight or needs_conv_bias):
-        return None, None, None
-    input, weight, index, sums = ctx.saved_tensors
-    like, geometry, stream = ctx.like, ctx.geometry, stream_of(grad_output)
-    common = {"dtype": like.dtype, "device": grad_output.device}
-    index = to_array(index)
-    grad_sum = launch_sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
-    grad_input = grad_weight = grad_conv_bias = None
-    if needs_input:
-        grad_input = torch.empty_strided(like.shape, like.stride(), **common)
-        launch_input_gradient(grad_sum, index, to_array(weight), geometry, out=to_array(grad_input), stream=stream)
-    if needs_weight:
-        grad_weight = torch.empty(geometry.weight_shape, **common)
-        launch_weight_gradient(grad_sum, index, to_array(input), geometry, out=to_array(grad_weight), stream=stream)
-    if needs_conv_bias:
-        grad_conv_bias = torch.empty(geometry.out_channels, **common)
-        out = to_array(grad_conv_bias)
-        launch_conv_bias_gradient(grad_sum, index, geometry, out.dtype, out=out, stream=stream)
-    return grad_input, grad_weight, grad_conv_bias
+def _plain(call, input, weight, conv_bias, bias, *convolution):
+    geometry = _geometry(input, weight, conv_bias, convolution)
+    output = call.empty(output_shape(geometry.batch, geometry.output_size[1], bias.shape), input)
+    _launch(call, input, weight, conv_bias, bias, convolution, out=output)
+    return output
+
+
+def _saving(call, input, weight, conv_bias, bias, *convolution):
+    """The result; one channel number per output pixel and GELU's argument per output column, which backward needs."""
+    geometry = _geometry(input, weight, conv_bias, convolution)
+    output = call.empty(output_shape(geometry.batch, geometry.output_size[1], bias.shape), input)
+    index, sums = empty_saved(call, input, (geometry.batch, *geometry.output_size))
+    _launch(call, input, weight, conv_bias, bias, convolution, out=output, index=index, sums=sums)
+    return output, index, sums
+
+
+def _plain_setup(ctx, tensors, static, output):
+    ctx.convolution = static
+    ctx.save_for_backward(*tensors)
+
+
+def _plain_gradients(ctx, grads):
+    """The forward pass once more: this one kept nothing."""
+    tensors = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
+    _, index, sums = SAVING(tensors, ctx.convolution)
+    input, weight, _, bias = tensors
+    layout = tuple(input.shape), gradient_strides(input), tuple(weight.shape), tuple(bias.shape)
+    return _gradients(grads[0], input, weight, index, sums, layout, ctx.convolution, ctx.needs)
+
+
+def _saving_setup(ctx, tensors, static, outputs):
+    input, weight, _, bias = tensors
+    ctx.convolution = static
+    ctx.layout = tuple(input.shape), gradient_strides(input), tuple(weight.shape), tuple(bias.shape)
+    ctx.mark_non_differentiable(outputs[1], outputs[2])
+    needs_input, needs_weight = ctx.needs_input_grad[:2]  # what no gradient needs is not kept alive
+    ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, *outputs[1:])
+
+
+def _saving_gradients(ctx, grads):
+    return _gradients(grads[0], *ctx.saved_tensors, ctx.layout, ctx.convolution, ctx.needs)
+
+
+def _gradients(grad_output, input, weight, index, sums, layout, convolution, needs):
+    if grad_output is None or not any(needs):
+        return [None] * 4
+    tensors = plain(grad_output), input, weight, index, sums
+    return spread(needs, BACKWARD(tensors, (*layout, tuple(map(bool, needs)), *convolution)))
+
+
+def _backward(call, grad_output, input, weight, index, sums, shape, strides, weight_shape, bias_shape, needs, *conv):
+    stride, padding, output_padding, dilation, groups, _ = conv
+    geometry = geometry_of(shape, weight_shape, stride, padding, output_padding, groups, dilation)
+    results = []
+    if any(needs[:3]):
+        grad_sum = call(launch_sum_gradient, grad_output, sums)
+    if needs[0]:
+        results.append(call.empty_strided(shape, strides, grad_output))
+        call(launch_input_gradient, grad_sum, index, weight, geometry, out=results[-1])
+    if needs[1]:
+        results.append(call.empty(weight_shape, grad_output))
+        call(launch_weight_gradient, grad_sum, index, input, geometry, out=results[-1])
+    if needs[2]:
+        results.append(call.empty((geometry.out_channels,), grad_output))
+        call(launch_conv_bias_gradient, grad_sum, index, geometry, call.dtype(grad_output), out=results[-1])
+    if needs[3]:
+        results.append(call.empty(bias_shape, grad_output))
+        call(launch_bias_gradient, grad_output, bias_shape, out=results[-1])
+    return tuple(results)
+
+
+_ARGUMENTS = f"Tensor input, Tensor weight, Tensor? conv_bias, Tensor bias, {CONVOLUTION}"
+
+PLAIN = Operator(
+    f"conv_transpose2d_min_sum_gelu_add({_ARGUMENTS}) -> Tensor",
+    _plain,
+    setup_context=_plain_setup,
+    backward=_plain_gradients,
+)
+SAVING = Operator(
+    f"conv_transpose2d_min_sum_gelu_add_saving({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _saving,
+    setup_context=_saving_setup,
+    backward=_saving_gradients,
+)
+BACKWARD = Operator(
+    "conv_transpose2d_min_sum_gelu_add_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor index, "
+    "Tensor sums, SymInt[] shape, SymInt[] strides, SymInt[] weight_shape, SymInt[] bias_shape, bool[] needs, "
+    f"{CONVOLUTION}) -> Tensor[]",
+    _backward,
+    backward=once_differentiable,
+)

@@ -2,13 +2,17 @@
 
 CUDA tensors cross to CuPy, CPU tensors to NumPy, both by DLPack. bfloat16 crosses as int16, because not every library
 speaks bfloat16 over DLPack, and is viewed as ml_dtypes' bfloat16 on the other side.
+
+A crossing costs microseconds, and a launcher decides for a hundred of them. Both happen once for a call of a kind (the
+shapes, strides, dtypes and so on): a `Recording` lets the launchers run on the arrays and writes down what they launch,
+and the `Plan` that comes of it launches the same again for other tensors, of which it needs the addresses only.
 """
 
 import numpy as np
 import torch
 from torch.utils.dlpack import to_dlpack
 
-from ..runtime import bfloat16
+from ..runtime import Recorder, bfloat16
 
 _TORCH_DTYPES = {
     np.dtype("float64"): torch.float64,
@@ -48,20 +52,124 @@ def to_array(tensor):
     return array.view(bfloat16) if is_bfloat16 else array
 
 
-class TorchStream:
-    """PyTorch's current stream of a device, and PyTorch's allocator as the source of workspaces.
+def empty(shape, like, dtype=None, layout_of=None):
+    """A new tensor on the device of `like`, of its dtype or of `dtype`.
 
-    Looked up anew for every launch: the user may be inside `torch.cuda.stream(...)`.
+    Contiguous; or channels-last if `layout_of`, another tensor of 4 or 5 dimensions, is that and not contiguous too.
+    """
+    memory_format = torch.contiguous_format
+    if layout_of is not None and layout_of.dim() in _CHANNELS_LAST and not layout_of.is_contiguous():
+        channels_last = _CHANNELS_LAST[layout_of.dim()]
+        if layout_of.is_contiguous(memory_format=channels_last):
+            memory_format = channels_last
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _current_stream(index):
+    """The pointer of PyTorch's current stream of a GPU. Looked up anew for every launch: the user may be inside
+    `torch.cuda.stream(...)`."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+class Recording:
+    """One call of an operator's body on ordinary tensors: its outputs, and what its launchers launched."""
+
+    def __init__(self, tensors):
+        self._arrays = {id(tensor): to_array(tensor) for tensor in tensors if tensor is not None}
+        self._like = tensors[0]
+        self._outputs = []
+        arrays = [None if tensor is None else self._arrays[id(tensor)] for tensor in tensors]
+        stream = _current_stream(self._like.device.index) if self._like.is_cuda else 0
+        self._recorder = Recorder(stream, _allocator(self._like.device), arrays)
+
+    def empty(self, shape, like, dtype=None, layout_of=None):
+        """A new output; see the function `empty`."""
+        return self._output(empty(shape, like, dtype, layout_of))
+
+    def empty_like(self, tensor):
+        """A new output of the shape, dtype and strides of a dense tensor."""
+        return self._output(torch.empty_like(tensor))
+
+    def empty_strided(self, shape, strides, like):
+        """A new output of the device and dtype of `like`."""
+        return self._output(torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device))
+
+    def dtype(self, tensor):
+        """The dtype of the tensor's array."""
+        return self._arrays[id(tensor)].dtype
+
+    def _output(self, output):
+        self._outputs.append(output)
+        self._arrays[id(output)] = self._recorder.add(to_array(output))
+        return output
+
+    def __call__(self, launcher, *arguments, **options):
+        """Calls a launcher, with arrays in place of tensors, on PyTorch's current stream."""
+        arguments = [self._crossed(value) for value in arguments]
+        options = {name: self._crossed(value) for name, value in options.items()}
+        return launcher(*arguments, **options, stream=self._recorder)
+
+    def plan(self, results):
+        """The Plan for calls of this kind, in which the body returned `results`; None if there cannot be one."""
+        tape = self._recorder.tape()
+        return None if tape is None else Plan(self._like, tape, self._outputs, results)
+
+    def _crossed(self, value):
+        if isinstance(value, torch.Tensor):
+            return self._arrays[id(value)] if id(value) in self._arrays else to_array(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._crossed(item) for item in value)
+        return value
+
+
+def _allocator(device):
+    """A function of shape and dtype for new arrays in PyTorch's memory.
+
+    It knows the device alone: bound to the Recording, it would close a circle of references, and what the call used
+    would not be freed before the next garbage collection.
     """
 
-    def __init__(self, device):
-        self.device = device
-        self.ptr = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    def allocate(shape, dtype):
+        return to_array(torch.empty(tuple(shape), dtype=_TORCH_DTYPES[np.dtype(dtype)], device=device))
 
-    def empty(self, shape, dtype):
-        return to_array(torch.empty(tuple(shape), dtype=_TORCH_DTYPES[np.dtype(dtype)], device=self.device))
+    return allocate
 
 
-def stream_of(tensor):
-    """The stream to launch on for work on this tensor."""
-    return TorchStream(tensor.device)
+class Plan:
+    """What to allocate and to launch for one kind of call of an operator.
+
+    Args:
+        like: a tensor of the call that is always there, on whose device everything is.
+        tape: what was launched.
+        outputs: all new tensors that the launches knew as arguments, in this order.
+        results: those of them that the call returns: one, or a tuple.
+    """
+
+    def __init__(self, like, tape, outputs, results):
+        self._tape = tape
+        self._gpu = like.device.index if like.is_cuda else None
+        self._outputs = [
+            (output.shape, output.stride(), {} if output.dtype is like.dtype else {"dtype": output.dtype})
+            for output in outputs
+        ]
+        places = {id(output): i for i, output in enumerate(outputs)}
+        self._single = isinstance(results, torch.Tensor)
+        self._places = [places[id(result)] for result in ((results,) if self._single else results)]
+        self._workspace = -(-tape.workspace_bytes // like.itemsize)
+
+    def repeat(self, like, addresses):
+        """Does it for tensors with these addresses, of which `like` is the one; returns the results."""
+        outputs = []
+        for shape, strides, options in self._outputs:
+            output = like.new_empty_strided(shape, strides, **options)
+            outputs.append(output)
+            addresses.append(output.data_ptr())
+        if self._workspace:
+            # Freed on return: the allocator gives it away only to work that comes later on the same stream.
+            workspace = like.new_empty(self._workspace)
+            addresses.append(workspace.data_ptr())
+        self._tape.play(addresses, 0 if self._gpu is None else _current_stream(self._gpu))
+        return outputs[self._places[0]] if self._single else tuple([outputs[i] for i in self._places])

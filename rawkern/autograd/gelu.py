@@ -1,7 +1,7 @@
 """GELU on torch tensors: the chain of that one function."""
 
 from ..epilogue import GELU
-from .pointwise import pointwise
+from .pointwise import pointwise_of
 
 
 def gelu(input, approximate="none"):
@@ -13,4 +13,12 @@ def gelu(input, approximate="none"):
 
     Raises RuntimeError for another `approximate` and for other dtypes, TypeError for what is no tensor or no string.
     """
-    return pointwise(input, GELU(approximate))
+    return pointwise_of(input, signature_of(approximate))
+
+
+def signature_of(approximate):
+    """The signature of GELU in this form. Raises as `rawkern.epilogue.GELU`."""
+    return _ERF if approximate == "none" else GELU(approximate).signature
+
+
+_ERF = GELU("none").signature

@@ -1,13 +1,15 @@
 """Group normalisation for PyTorch, differentiable twice."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ..launchers.chain import chain_from
 from ..launchers.group_norm import group_norm as launch_group_norm
 from ..launchers.group_norm import group_norm_backward as launch_group_norm_backward
 from ..launchers.group_norm import group_norm_double_backward as launch_group_norm_double_backward
 from ..launchers.group_norm_sizes import Sizes, check_eps
-from .dlpack import stream_of, to_array
+from . import autocast
+from .operator import Operator, is_transformed, refused
+from .pointwise import POINTWISE, composed_gradients, pointwise_tangent, spread
 
 
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
@@ -20,25 +22,37 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
         eps: added to the variance.
 
     Returns:
-        (N, C, *); channels-last if the input is (4 or 5 dimensions), otherwise contiguous.
+        (N, C, *); channels-last if the input is (4 or 5 dimensions), otherwise contiguous. Under autocast, float32 on a
+        GPU and the input's dtype on a CPU, as in torch.
 
     Raises:
         RuntimeError, TypeError, ValueError, ZeroDivisionError: as torch does for the same mistake; also RuntimeError
         for mixed dtypes or devices.
     """
-    num_groups, eps = check_arguments("group_norm", input, num_groups, weight, bias, eps)
-    return GroupNorm.apply(arranged(input), weight, bias, num_groups, eps)
+    return group_norm_of("group_norm", input, num_groups, weight, bias, eps, "")
 
 
-def check_arguments(function, input, num_groups, weight, bias, eps):
-    """num_groups and eps as an int and a float; raises unless everything is as `group_norm` says."""
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"{function}(): argument 'input' must be Tensor, not {type(input).__name__}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
+def normalised(input, weight, bias, num_groups, eps, chain):
+    """`group_norm`, of checked arguments, of a chain of functions, given by its signature, of the input."""
+    return GROUP_NORM((arranged(input), weight, bias), (num_groups, eps, chain))[0]
+
+
+def group_norm_of(function, input, num_groups, weight, bias, eps, chain):
+    """`group_norm` of a chain of functions, given by its signature, of the input; `function` is named in errors."""
+    check_arguments(function, input, weight, bias)
+    dtype = None
+    if autocast.is_on(input):
+        dtype = autocast.normalised_dtype(input)
+        input, weight, bias = autocast.raised(input, weight, bias)
+    output = normalised(input, weight, bias, Sizes.check_num_groups(num_groups), check_eps(eps), chain)
+    return output if dtype is None else output.to(dtype)
+
+
+def check_arguments(function, input, weight, bias):
+    """Raises TypeError unless input is a tensor and the others are tensors or None."""
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, torch.Tensor) and (name == "input" or tensor is not None):
             raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
-    shapes = [None if tensor is None else tensor.shape for tensor in (weight, bias)]
-    return Sizes.of(input.shape, num_groups, *shapes).num_groups, check_eps(eps)
 
 
 def is_channels_last(tensor):
@@ -49,7 +63,12 @@ def is_channels_last(tensor):
 
 
 def arranged(tensor, like=None):
-    """The tensor in a layout the kernels know, or in that of `like`: itself if it can be, else a copy."""
+    """The tensor in a layout the kernels know, or in that of `like`: itself if it can be, else a copy.
+
+    Inside a transform of torch.func a tensor has no layout that it could be asked for; there launchers copy.
+    """
+    if (like is None and tensor.is_contiguous()) or is_transformed():
+        return tensor
     if is_channels_last(tensor if like is None else like):
         return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
     return tensor.contiguous()
@@ -58,102 +77,183 @@ def arranged(tensor, like=None):
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def statistics_like(tensor, num_groups):
-    """New tensors for mean and rstd."""
-    return torch.empty((2, tensor.shape[0], num_groups), dtype=torch.float64, device=tensor.device).unbind()
+def _shape(tensor):
+    return None if tensor is None else tensor.shape
 
 
-class GroupNorm(torch.autograd.Function):
-    """group_norm of an input that is contiguous or channels-last."""
-
-    @staticmethod
-    def forward(ctx, input, weight, bias, num_groups, eps):
-        output = torch.empty_like(input)
-        mean, rstd = statistics_like(input, num_groups)
-        launch_group_norm(
-            to_array(input),
-            num_groups,
-            to_array(weight),
-            to_array(bias),
-            eps,
-            out=to_array(output),
-            mean=to_array(mean),
-            rstd=to_array(rstd),
-            stream=stream_of(input),
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, mean, rstd)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        if grad_output is None:
-            return (None,) * 5
-        input, weight, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = GroupNormBackward.apply(arranged(grad_output, input), input, weight, mean, rstd, needs)
-        return *grads, None, None
+def _group_norm(call, input, weight, bias, num_groups, eps, chain):
+    Sizes.of(input.shape, num_groups, _shape(weight), _shape(bias))
+    output = call.empty(input.shape, input, layout_of=input)
+    statistics = call.empty((2, input.shape[0], num_groups), input, torch.float64)
+    mean, rstd = statistics
+    chain = chain_from(chain, ())
+    call(launch_group_norm, input, num_groups, weight, bias, eps, out=output, mean=mean, rstd=rstd, chain=chain)
+    return output, statistics
 
 
-class GroupNormBackward(torch.autograd.Function):
-    """The gradients for input, weight and bias as a function of grad_output, input and weight.
+def _setup(ctx, tensors, static, outputs):
+    ctx.static = static
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.save_for_backward(*tensors, outputs[1])
 
-    mean and rstd are functions of the input, and count as such where this is differentiated.
+
+def _gradients(ctx, grads):
+    if grads[0] is None:
+        return [None] * 3
+    input, weight, bias, statistics = ctx.saved_tensors
+    chain = ctx.static[-1]
+    if chain and torch.is_grad_enabled():
+        # To be differentiated again: what is fused is computed once more in differentiable parts.
+        compose = lambda x, w, b: _composed(x, w, b, *ctx.static)  # noqa: E731
+        return composed_gradients(compose, (input, weight, bias), ctx.needs, grads[0])
+    return group_norm_gradients(grads[0], input, weight, statistics, chain, ctx.needs)
+
+
+def group_norm_gradients(grad_output, input, weight, statistics, chain, needs):
+    """The gradients for input, weight and bias that are needed, None for the others."""
+    if not any(needs):
+        return [None] * 3
+    tensors = arranged(grad_output, input), input, weight, statistics
+    return spread(needs, GROUP_NORM_BACKWARD(tensors, (chain, tuple(map(bool, needs)))))
+
+
+def _composed(input, weight, bias, num_groups, eps, chain):
+    return GROUP_NORM((POINTWISE((input,), (chain, ())), weight, bias), (num_groups, eps, ""))[0]
+
+
+def _tangent(ctx, tangents):
+    input, weight, _, statistics = ctx.saved_tensors
+    return normalised_tangent(input, weight, statistics, ctx.static, tangents), None
+
+
+def normalised_tangent(input, weight, statistics, static, tangents):
+    """The derivative of a normalisation along tangents of input, weight and bias.
+
+    But for the weight, the derivative for the input is symmetric: it is its own adjoint, the backward pass.
     """
-
-    @staticmethod
-    def forward(ctx, grad_output, input, weight, mean, rstd, needs):
-        grads = empty_gradients(input, needs)
-        launch_group_norm_backward(
-            to_array(grad_output),
-            to_array(input),
-            to_array(mean),
-            to_array(rstd),
-            to_array(weight),
-            needs=needs,
-            **{name: to_array(grad) for name, grad in zip(GRADIENTS, grads, strict=True)},
-            stream=stream_of(input),
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, weight, mean, rstd)
-        return grads
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
-        if grad_grad_input is None and grad_grad_weight is None and grad_grad_bias is None:
-            return (None,) * 6
-        grad_output, input, weight, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        results = [
-            torch.empty_like(tensor) if need else None
-            for tensor, need in zip((grad_output, input, weight), needs, strict=True)
-        ]
-        if grad_grad_input is not None:
-            grad_grad_input = arranged(grad_grad_input, input)
-        launch_group_norm_double_backward(
-            to_array(grad_output),
-            to_array(input),
-            to_array(mean),
-            to_array(rstd),
-            to_array(weight),
-            grad_grad_input=to_array(grad_grad_input),
-            grad_grad_weight=to_array(grad_grad_weight),
-            grad_grad_bias=to_array(grad_grad_bias),
-            needs=needs,
-            out_grad_output=to_array(results[0]),
-            out_input=to_array(results[1]),
-            out_weight=to_array(results[2]),
-            stream=stream_of(input),
-        )
-        return *results, None, None, None
+    chain = static[-1]
+    v, weight_tangent, bias_tangent = tangents
+    terms = []
+    if v is not None:
+        if chain:
+            v = pointwise_tangent(input, (), chain, (), (v,))
+        value = POINTWISE((input,), (chain, ())) if chain else input
+        (term,) = GROUP_NORM_BACKWARD((arranged(v, value), value, None, statistics), ("", (True, False, False)))
+        terms.append(term if weight is None else term * _along_channels(weight, input))
+    if weight_tangent is not None:
+        terms.append(normalised(input, weight_tangent, None, *static))
+    if bias_tangent is not None:
+        terms.append(_along_channels(bias_tangent, input).expand(input.shape))
+    return sum(terms[1:], terms[0])
 
 
-GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
+def _along_channels(vector, input):
+    return vector.view(1, -1, *[1] * (input.dim() - 2))
 
 
-def empty_gradients(input, needs):
-    """New tensors for the gradients of input, weight and bias; None for what is not needed."""
-    vector = lambda: torch.empty(input.shape[1], dtype=input.dtype, device=input.device)  # noqa: E731
-    makers = (lambda: torch.empty_like(input), vector, vector)
-    return tuple(make() if need else None for make, need in zip(makers, needs, strict=True))
+def _batched(batch_size, dims, tensors, static):
+    """The batch becomes part of the images, unless weight or bias is batched."""
+    if dims[1] is not None or dims[2] is not None:
+        return None
+    input = tensors[0].movedim(dims[0], 0)
+    images = input.shape[1]
+    output, statistics = GROUP_NORM((arranged(input.flatten(0, 1)), *tensors[1:]), static)
+    return (output.unflatten(0, (batch_size, images)), statistics.unflatten(1, (batch_size, images))), (0, 1)
+
+
+def _group_norm_backward(call, grad_output, input, weight, statistics, chain, needs):
+    shapes = input.shape, input.shape[1:2], input.shape[1:2]
+    layouts = input, None, None
+    grads = [
+        call.empty(shape, input, layout_of=layout) if need else None
+        for shape, layout, need in zip(shapes, layouts, needs, strict=True)
+    ]
+    mean, rstd = statistics
+    call(
+        launch_group_norm_backward,
+        grad_output, input, mean, rstd, weight, needs=needs, chain=chain_from(chain, ()),
+        **dict(zip(("grad_input", "grad_weight", "grad_bias"), grads, strict=True)),
+    )  # fmt: skip
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def _backward_setup(ctx, tensors, static, outputs):
+    ctx.chain, ctx.wanted = static
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_gradients(ctx, grads):
+    """mean and rstd are functions of the input, and count as such here."""
+    if ctx.chain:
+        raise RuntimeError("the backward pass of a fused normalisation is not differentiable by itself")
+    if all(grad is None for grad in grads):
+        return [None] * 4
+    directions = spread(ctx.wanted, grads)
+    return *_second(ctx.saved_tensors, directions, ctx.needs[:3]), None
+
+
+def _second(tensors, directions, needs):
+    """The gradients of group_norm_backward for grad_output, input, weight; None where not needed."""
+    grad_output, input, weight, statistics = tensors
+    if not any(needs):
+        return [None] * 3
+    v, *vectors = directions
+    v = None if v is None else arranged(v, input)
+    static = (tuple(map(bool, needs)),)
+    tensors = grad_output, input, weight, statistics, v, *vectors
+    return spread(needs, GROUP_NORM_DOUBLE_BACKWARD(tensors, static))
+
+
+def _backward_tangent(ctx, tangents):
+    """By symmetry of second derivatives, what the tangents of input and weight do is the double backward."""
+    if ctx.chain:
+        raise NotImplementedError("the backward pass of a fused normalisation has no forward-mode derivative")
+    _, input, weight, statistics = ctx.saved_tensors
+    tangent, v, weight_tangent, _ = tangents
+    parts = []
+    if tangent is not None:
+        parts.append(group_norm_gradients(tangent, input, weight, statistics, "", ctx.wanted))
+    if v is not None or weight_tangent is not None:
+        needs = False, ctx.wanted[0], ctx.wanted[1]
+        _, by_input, by_weight = _second(ctx.saved_tensors, (v, weight_tangent, None), needs)
+        parts.append((by_input, by_weight, input.new_zeros(input.shape[1:2])))
+    columns = (terms for terms, need in zip(zip(*parts, strict=True), ctx.wanted, strict=True) if need)
+    return tuple(sum(terms[1:], terms[0]) for terms in columns)
+
+
+def _group_norm_double_backward(call, grad_output, input, weight, statistics, v, u, t, needs):
+    models = grad_output, input, weight
+    outs = [call.empty(m.shape, m, layout_of=m) if need else None for m, need in zip(models, needs, strict=True)]
+    mean, rstd = statistics
+    call(
+        launch_group_norm_double_backward,
+        grad_output, input, mean, rstd, weight,
+        grad_grad_input=v, grad_grad_weight=u, grad_grad_bias=t, needs=needs,
+        **dict(zip(("out_grad_output", "out_input", "out_weight"), outs, strict=True)),
+    )  # fmt: skip
+    return tuple(out for out in outs if out is not None)
+
+
+GROUP_NORM = Operator(
+    "group_norm(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, str functions) "
+    "-> (Tensor, Tensor)",
+    _group_norm,
+    setup_context=_setup,
+    backward=_gradients,
+    jvp=_tangent,
+    vmap=_batched,
+)
+GROUP_NORM_BACKWARD = Operator(
+    "group_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, str functions, "
+    "bool[] needs) -> Tensor[]",
+    _group_norm_backward,
+    setup_context=_backward_setup,
+    backward=_backward_gradients,
+    jvp=_backward_tangent,
+)
+GROUP_NORM_DOUBLE_BACKWARD = Operator(
+    "group_norm_double_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, "
+    "Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, bool[] needs) -> Tensor[]",
+    _group_norm_double_backward,
+    backward=refused("rawkern.group_norm is differentiable twice, not three times"),
+)

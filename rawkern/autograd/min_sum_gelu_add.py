@@ -1,7 +1,6 @@
 """Minimum over channels, sum over height, GELU, plus bias, for PyTorch."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..launchers.index_space import MAX_DIMS
 from ..launchers.min_sum_gelu_add import bias_gradient as launch_bias_gradient
@@ -9,7 +8,9 @@ from ..launchers.min_sum_gelu_add import check_input, output_shape
 from ..launchers.min_sum_gelu_add import input_gradient as launch_input_gradient
 from ..launchers.min_sum_gelu_add import min_sum_gelu_add as launch_min_sum_gelu_add
 from ..launchers.min_sum_gelu_add import sum_gradient as launch_sum_gradient
-from .dlpack import stream_of, to_array
+from . import autocast
+from .operator import Operator, is_transformed, needs_gradient, refused
+from .pointwise import is_dense, spread
 
 
 def min_sum_gelu_add(input, bias):
@@ -20,7 +21,7 @@ def min_sum_gelu_add(input, bias):
         bias: a tensor of the same dtype whose shape broadcasts with (N, 1, 1, W), also one that enlarges it.
 
     Returns:
-        A contiguous tensor of the broadcast shape.
+        A contiguous tensor of the broadcast shape. Under autocast, of the dtype that torch's functions arrive at.
 
     The gradient of the minimum goes to the channel that `torch.min` returns: the first of equals, the first NaN. The
     backward pass is differentiable once.
@@ -32,57 +33,28 @@ def min_sum_gelu_add(input, bias):
         TypeError: not a tensor.
     """
     check_operands("min_sum_gelu_add", input=input, bias=bias)
-    return MinSumGELUAdd.apply(input, bias, torch.is_grad_enabled())
+    if autocast.is_on(input):
+        input, bias = autocast.raised(input, bias)
+    check_same("input", input, "bias", bias)
+    tensors = input, plain(bias)
+    if needs_gradient(tensors) or is_transformed():
+        return MIN_SUM_GELU_ADD_SAVING(tensors)[0]
+    return MIN_SUM_GELU_ADD(tensors)
 
 
 def check_operands(function, **operands):
-    """Raises TypeError unless all are tensors, RuntimeError unless dtypes and devices agree, naming both."""
-    first_name = first = None
+    """Raises TypeError unless all are tensors."""
     for name, operand in operands.items():
         if not isinstance(operand, torch.Tensor):
             raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(operand).__name__}")
-        if first is None:
-            first_name, first = name, operand
-        elif operand.dtype != first.dtype:
-            raise RuntimeError(f"{first_name} and {name} have different dtypes: {first.dtype} and {operand.dtype}")
-        elif operand.device != first.device:
-            raise RuntimeError(f"{first_name} and {name} are on different devices: {first.device} and {operand.device}")
 
 
-class MinSumGELUAdd(torch.autograd.Function):
-    """Keeps one channel number per pixel and GELU's argument per column; not the minima."""
-
-    @staticmethod
-    def forward(ctx, input, bias, keep):
-        check_input(input.shape)
-        batch, _, height, width = input.shape
-        shape = output_shape(batch, width, bias.shape)
-        output = torch.empty(shape, dtype=input.dtype, device=input.device)
-        needs_saved = keep and ctx.needs_input_grad[0]
-        index, sums = empty_saved(input, (batch, height, width)) if needs_saved else (None, None)
-        launch_min_sum_gelu_add(
-            to_array(input),
-            to_array(plain(bias)),
-            out=to_array(output),
-            index=to_array(index),
-            sums=to_array(sums),
-            stream=stream_of(input),
-        )
-        ctx.bias_shape = bias.shape
-        ctx.like = torch.empty_like(input, device="meta")  # the gradient's layout, without keeping the input alive
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(index, sums)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        if grad_output is None:
-            return None, None, None
-        index, sums = ctx.saved_tensors
-        grad_input = input_gradient(grad_output, ctx.like, index, sums) if ctx.needs_input_grad[0] else None
-        grad_bias = bias_gradient(grad_output, ctx.bias_shape) if ctx.needs_input_grad[1] else None
-        return grad_input, grad_bias, None
+def check_same(first_name, first, name, operand):
+    """Raises RuntimeError unless dtypes and devices agree, naming both."""
+    if operand.dtype != first.dtype:
+        raise RuntimeError(f"{first_name} and {name} have different dtypes: {first.dtype} and {operand.dtype}")
+    if operand.device != first.device:
+        raise RuntimeError(f"{first_name} and {name} are on different devices: {first.device} and {operand.device}")
 
 
 def plain(tensor):
@@ -90,26 +62,98 @@ def plain(tensor):
     return tensor.contiguous() if tensor.dim() > MAX_DIMS else tensor
 
 
-def empty_saved(like, shape):
+def empty_saved(call, like, shape):
     """The tensors kept for backward: index (N, H, W) and sums (N, W), for a plane of pixels of this shape."""
     batch, _, width = shape
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    index = torch.empty(shape, dtype=torch.int32, device=like.device)
-    return index, torch.empty((batch, width), dtype=dtype, device=like.device)
+    return call.empty(shape, like, torch.int32), call.empty((batch, width), like, dtype)
 
 
-def input_gradient(grad_output, like, index, sums):
-    """The dense gradient for the input, with the layout of `like`."""
-    result = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=grad_output.device)
-    stream = stream_of(grad_output)
-    grad_sum = launch_sum_gradient(to_array(plain(grad_output)), to_array(sums), stream=stream)
-    out = to_array(result)
-    launch_input_gradient(grad_sum, to_array(index), out.shape, out.dtype, out=out, stream=stream)
-    return result
+def _min_sum_gelu_add(call, input, bias):
+    check_input(input.shape)
+    batch, _, _, width = input.shape
+    output = call.empty(output_shape(batch, width, bias.shape), input)
+    call(launch_min_sum_gelu_add, input, bias, out=output)
+    return output
 
 
-def bias_gradient(grad_output, shape):
-    """The gradient for the bias."""
-    result = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device)
-    launch_bias_gradient(to_array(plain(grad_output)), shape, out=to_array(result), stream=stream_of(grad_output))
-    return result
+def _min_sum_gelu_add_saving(call, input, bias):
+    """The result; one channel number per pixel and GELU's argument per column, which backward needs; not the minima."""
+    check_input(input.shape)
+    batch, _, height, width = input.shape
+    output = call.empty(output_shape(batch, width, bias.shape), input)
+    index, sums = empty_saved(call, input, (batch, height, width))
+    call(launch_min_sum_gelu_add, input, bias, out=output, index=index, sums=sums)
+    return output, index, sums
+
+
+def gradient_strides(tensor):
+    """Strides for the gradient of a tensor: its own, unless elements share a place or there are holes."""
+    return tuple((tensor if is_dense(tensor) else torch.empty_like(tensor, device="meta")).stride())
+
+
+def _setup(ctx, tensors, static, output):
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grads):
+    """The forward pass once more: this one kept nothing."""
+    input, bias = ctx.saved_tensors
+    _, index, sums = MIN_SUM_GELU_ADD_SAVING((input.detach(), bias.detach()))
+    return gradients(grads[0], input.shape, gradient_strides(input), bias.shape, index, sums, ctx.needs)
+
+
+def _saving_setup(ctx, tensors, static, outputs):
+    input, bias = tensors
+    ctx.shape, ctx.bias_shape = input.shape, bias.shape
+    ctx.strides = gradient_strides(input)  # the input itself is not kept alive
+    ctx.mark_non_differentiable(outputs[1], outputs[2])
+    ctx.save_for_backward(outputs[1], outputs[2])
+
+
+def _saving_gradients(ctx, grads):
+    index, sums = ctx.saved_tensors
+    return gradients(grads[0], ctx.shape, ctx.strides, ctx.bias_shape, index, sums, ctx.needs)
+
+
+def gradients(grad_output, shape, strides, bias_shape, index, sums, needs):
+    """The gradients for input (of this shape, with these strides) and bias; None where not needed."""
+    if grad_output is None or not any(needs):
+        return None, None
+    static = tuple(shape), strides, tuple(bias_shape), tuple(map(bool, needs))
+    return spread(needs, MIN_SUM_GELU_ADD_BACKWARD((plain(grad_output), index, sums), static))
+
+
+def _backward(call, grad_output, index, sums, shape, strides, bias_shape, needs):
+    results = []
+    if needs[0]:
+        grad_sum = call(launch_sum_gradient, grad_output, sums)
+        results.append(call.empty_strided(shape, strides, grad_output))
+        call(launch_input_gradient, grad_sum, index, shape, call.dtype(grad_output), out=results[-1])
+    if needs[1]:
+        results.append(call.empty(bias_shape, grad_output))
+        call(launch_bias_gradient, grad_output, bias_shape, out=results[-1])
+    return tuple(results)
+
+
+#: `backward` of the backward passes.
+once_differentiable = refused("the minimum over channels is once_differentiable: its gradient has no gradient here")
+
+MIN_SUM_GELU_ADD = Operator(
+    "min_sum_gelu_add(Tensor input, Tensor bias) -> Tensor",
+    _min_sum_gelu_add,
+    setup_context=_setup,
+    backward=_gradients,
+)
+MIN_SUM_GELU_ADD_SAVING = Operator(
+    "min_sum_gelu_add_saving(Tensor input, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    _min_sum_gelu_add_saving,
+    setup_context=_saving_setup,
+    backward=_saving_gradients,
+)
+MIN_SUM_GELU_ADD_BACKWARD = Operator(
+    "min_sum_gelu_add_backward(Tensor grad_output, Tensor index, Tensor sums, SymInt[] shape, SymInt[] strides, "
+    "SymInt[] bias_shape, bool[] needs) -> Tensor[]",
+    _backward,
+    backward=once_differentiable,
+)

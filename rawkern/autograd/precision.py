@@ -2,18 +2,24 @@
 
 import torch
 
-from ..launchers.block_math import check_precision
+_PRECISIONS = ("ieee", "tf32", None)
 
 
-def resolve_precision(precision, tensor):
-    """ "ieee" or "tf32": `precision` if given; else on a GPU what torch allows cuDNN's convolutions, on a CPU "ieee".
+def check_precision(precision):
+    """`precision`, if it is one that `rawkern.conv_transpose2d` takes. Raises ValueError otherwise."""
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be 'ieee', 'tf32' or None, got {precision!r}")
+    return precision
 
-    Read at every call. torch 2.9 brought `torch.backends.cudnn.conv.fp32_precision`, whose getter resolves the settings
-    above it and the older `allow_tf32`; reading `allow_tf32` after the newer switch was used is an error there.
+
+def default_precision(tensor):
+    """ "ieee" or "tf32": on a GPU what torch allows cuDNN's convolutions, on a CPU "ieee".
+
+    Read at every call, also at those of a compiled program. torch 2.9 brought
+    `torch.backends.cudnn.conv.fp32_precision`, whose getter resolves the settings above it and the older `allow_tf32`;
+    reading `allow_tf32` after the newer switch was used is an error there.
     """
-    if precision is not None:
-        return check_precision(precision)
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda or tensor.dtype is not torch.float32:
         return "ieee"
     conv = getattr(torch.backends.cudnn, "conv", None)
     allowed = conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32

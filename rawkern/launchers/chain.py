@@ -14,41 +14,50 @@ class Chain:
     """A chain of functions, ready to be compiled into a kernel.
 
     Attributes:
-        functions: the functions in the order in which they are applied.
+        signature: the functions' signatures in the order in which they are applied, separated by spaces.
+        numbers: all their numbers in order.
+        tensors: their tensor operands in order, as the user gave them; empty if launchers get the arrays separately.
         cpp: the C++ type, such as "Chain<1, 0, Add<Number<0>>, GeluErf>" (cuda/include/chain.cuh).
         params: the dtype of the type's Params.
-        tensors: the functions' tensor operands in order, as the user gave them.
     """
 
-    functions: tuple
+    signature: str
+    numbers: tuple
+    tensors: tuple
     cpp: str
     params: np.dtype
-    tensors: tuple
 
     @property
     def is_identity(self):
-        return not self.functions
+        return not self.signature
+
+    @property
+    def tensor_count(self):
+        return self.signature.count("@")
 
     def pack(self, arrays=(), channels=1):
         """The chain's parameters for a launch.
 
         Args:
-            arrays: the arrays of `tensors`, contiguous, each with 1 or `channels` elements.
+            arrays: the arrays of the tensor operands, contiguous, each with 1 or `channels` elements.
             channels: the number of channels along which tensors may vary.
 
         Raises ValueError if the arrays do not fit.
         """
-        if len(arrays) != len(self.tensors):
-            raise ValueError(f"the chain has {len(self.tensors)} tensors, got {len(arrays)}")
+        self.check_count(arrays)
         for i, array in enumerate(arrays):
             if array.size not in (1, channels):
                 raise ValueError(f"tensor {i} of the chain has {array.size} elements, expected 1 or {channels}")
             if not array.flags.c_contiguous:
                 raise ValueError(f"tensor {i} of the chain is not contiguous")
-        values = [number for function in self.functions for number in function.numbers]
         addresses = [runtime.pointer(array) for array in arrays]
         strides = [int(array.size > 1) for array in arrays]
-        return np.array((values or [0.0], addresses or [0], strides or [0]), self.params)[()]
+        return np.array((self.numbers or [0.0], addresses or [0], strides or [0]), self.params)[()]
+
+    def check_count(self, arrays):
+        """Raises ValueError unless there are as many arrays as tensor operands."""
+        if len(arrays) != self.tensor_count:
+            raise ValueError(f"the chain has {self.tensor_count} tensors, got {len(arrays)}")
 
 
 def chain_of(functions):
@@ -58,29 +67,50 @@ def chain_of(functions):
     """
     if isinstance(functions, Chain):
         return functions
-    if isinstance(functions, Function):
-        functions = (functions,)
-    try:
-        functions = tuple(functions)
-    except TypeError:
-        raise TypeError(
-            f"a chain is a function of rawkern.epilogue or a sequence of them, not {type(functions).__name__}"
-        ) from None
-    for i, function in enumerate(functions):
+    functions = functions_of(functions)
+    signature, numbers, tensors = parts_of(functions)
+    return chain_from(signature, numbers, tensors)
+
+
+def functions_of(chain):
+    """A tuple of functions, from a sequence of them or from one. Raises TypeError as `chain_of`."""
+    if isinstance(chain, Function):
+        return (chain,)
+    if not isinstance(chain, (tuple, list)):
+        try:
+            chain = tuple(chain)
+        except TypeError:
+            raise TypeError(
+                f"a chain is a function of rawkern.epilogue or a sequence of them, not {type(chain).__name__}"
+            ) from None
+    for i, function in enumerate(chain):
         if not isinstance(function, Function):
             hint = f" (did you mean {function.__name__}()?)" if isinstance(function, type) else ""
             raise TypeError(f"function {i} of the chain must be one of rawkern.epilogue, got {function!r}{hint}")
-    shape = tuple((function.cpp, len(function.numbers), function.tensor is not None) for function in functions)
-    cpp, params = _type(shape)
-    return Chain(functions, cpp, params, tuple(f.tensor for f in functions if f.tensor is not None))
+    return tuple(chain)
+
+
+def parts_of(functions):
+    """(signature, numbers, tensors) of a tuple of functions."""
+    signature = " ".join([function.signature for function in functions])
+    numbers = tuple([number for function in functions for number in function.numbers])
+    return signature, numbers, tuple([function.tensor for function in functions if function.tensor is not None])
+
+
+def chain_from(signature, numbers, tensors=()):
+    """The chain with this signature and these numbers."""
+    cpp, params = _type(signature)
+    return Chain(signature, tuple(numbers), tuple(tensors), cpp, params)
 
 
 @functools.cache
-def _type(shape):
-    """The C++ type and the dtype of Params for functions given as (name, count of numbers, whether it has a tensor)."""
+def _type(signature):
+    """The C++ type and the dtype of Params."""
     numbers = tensors = 0
     arguments = []
-    for name, count, has_tensor in shape:
+    for function in signature.split():
+        name = function.rstrip("#-@")
+        count, has_tensor = function.count("#"), function.count("@")
         operands = [f"Number<{numbers + i}>" for i in range(count)] + [f"Tensor<{tensors}>"] * has_tensor
         numbers += count
         tensors += has_tensor

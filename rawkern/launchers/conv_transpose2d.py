@@ -4,12 +4,15 @@ import numpy as np
 
 from .. import runtime
 from ..runtime import check_out, element_strides, pointer, queue_of
+from . import conv_transpose2d_direct as direct
 from . import conv_transpose2d_kernels as kernels_of
+from . import conv_transpose2d_warpgroup as warpgroup
 from .chain import IDENTITY, chain_of, channel_axis
 from .conv_transpose2d_kernels import kernels
-from .conv_transpose2d_plans import gather_plan, weight_gradient_plan
-from .geometry import Geometry
-from .layout import contiguous
+from .conv_transpose2d_plans import GatherPlan, gather_plan
+from .conv_transpose2d_weight_gradient import weight_gradient
+from .geometry import Geometry, check_shape
+from .layout import contiguous, is_channels_last
 
 __all__ = ["channel_min", "conv_transpose2d", "input_gradient", "kernels", "weight_gradient", "with_moments"]
 
@@ -76,8 +79,8 @@ def conv_transpose2d(
         bias=pointer(bias),
         chain=chain.pack(operands, geometry.out_channels),
     )
-    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
-    _gather(queue, plan, kernels_of.store(plan.block, chain), ending, input, weight, element_strides(out))
+    plan = _plan(queue, geometry, input.dtype, precision, channels_last=is_channels_last(out))
+    _store(queue, plan, chain, ending, input, weight, element_strides(out))
     return out
 
 
@@ -97,10 +100,15 @@ def channel_min(input, weight, bias, geometry, *, precision=None, values=None, i
     check_out(index, shape, np.dtype("int32"), queue.device, "index")
     height, width = geometry.output_size
     bias = contiguous(queue, bias)
-    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
     ending = dict(values=pointer(values), index=pointer(index), bias=pointer(bias))
     strides = (height * width, 0, width, 1)
-    _gather(queue, plan, kernels_of.channel_min(plan.block), ending, input, weight, strides)
+    plan = _plan(queue, geometry, input.dtype, precision, channel_min=True)
+    if isinstance(plan, warpgroup.Plan):
+        warpgroup.launch(queue, plan, warpgroup.channel_min(plan), ending, input, weight, strides)
+    elif isinstance(plan, GatherPlan):
+        _gather(queue, plan, kernels_of.channel_min(plan.block), ending, input, weight, strides)
+    else:
+        direct.channel_min(queue, plan, ending, input, weight, strides)
     return values, index
 
 
@@ -113,19 +121,23 @@ def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=No
     """
     queue = _queue(stream, geometry, input, weight, bias)
     out = _output(queue, geometry, input, out)
-    plan = gather_plan(geometry, input.dtype, precision, queue.device.multiprocessors, transposed=True)
-    slots = plan.image_span // plan.block.columns * plan.phases
-    moments = queue.empty((geometry.batch * geometry.out_channels, slots, 3), np.dtype("float64"))
+    plan = _plan(queue, geometry, input.dtype, precision, per_image=True)
+    moments = queue.empty((geometry.batch * geometry.out_channels, plan.slots, 3), np.dtype("float64"))
     bias = contiguous(queue, bias)
     ending = dict(
         output=pointer(out),
         bias=pointer(bias),
         moments=pointer(moments),
-        slots=slots,
+        slots=plan.slots,
         chain=chain.pack(chain.tensors, geometry.out_channels),
     )
-    kernel = kernels_of.moments(plan.block, chain)
-    _gather(queue, plan, kernel, ending, input, weight, element_strides(out), plan.image_span)
+    strides = element_strides(out)
+    if isinstance(plan, warpgroup.Plan):
+        warpgroup.launch(queue, plan, warpgroup.moments(plan, chain), ending, input, weight, strides)
+    elif isinstance(plan, GatherPlan):
+        _gather(queue, plan, kernels_of.moments(plan.block, chain), ending, input, weight, strides, plan.image_span)
+    else:
+        direct.with_moments(queue, plan, chain, ending, input, weight, strides)
     return out, moments
 
 
@@ -136,81 +148,67 @@ def input_gradient(grad_output, weight, geometry, *, precision=None, out=None, s
         (N, C_in, H, W); channels-last if grad_output is.
     """
     queue = queue_of(stream, grad_output=grad_output, weight=weight)
-    _check_shape("grad_output", grad_output, geometry.output_shape)
-    _check_shape("weight", weight, geometry.weight_shape)
+    check_shape("grad_output", grad_output, geometry.output_shape)
+    check_shape("weight", weight, geometry.weight_shape)
     if out is None:
         out = queue.empty(geometry.input_shape, grad_output.dtype)
         out = _like_layout(queue, out, grad_output)
     check_out(out, geometry.input_shape, grad_output.dtype, queue.device)
-    plan = gather_plan(geometry, grad_output.dtype, precision, queue.device.multiprocessors, transposed=False)
     ending = dict(output=pointer(out), saved=0, bias=0, chain=IDENTITY.pack())
-    _gather(queue, plan, kernels_of.input_gradient(plan.block), ending, grad_output, weight, element_strides(out))
+    channels_last = is_channels_last(out)
+    plan = _plan(queue, geometry, grad_output.dtype, precision, transposed=False, channels_last=channels_last)
+    _store(queue, plan, IDENTITY, ending, grad_output, weight, element_strides(out))
     return out
 
 
-def weight_gradient(input, grad_output, geometry, *, precision=None, out=None, stream=None):
-    """Gradient for the weight, (C_in, C_out / groups, kH, kW), from the input and grad_output.
+def _plan(
+    queue, geometry, dtype, precision, *, transposed=True, channels_last=False, channel_min=False, per_image=False
+):
+    """The plan by which a problem is computed, from the first family of kernels that serves it.
 
-    Deterministic: slices of the pixels are summed by blocks of their own and combined in a fixed order, in double.
+    1. conv_transpose2d_direct, plain multiply-adds: few channels per group, of which a tensor core's tile would be
+       mostly padding.
+    2. conv_transpose2d_warpgroup, Hopper's products of whole warpgroups: 16-bit types, and float32 in TF32, where the
+       costs that both families estimate say that it is faster than
+    3. gather.cuh, products of warps or plain multiply-adds: everything, on every GPU.
+
+    Args:
+        transposed: the transposed convolution; else its input gradient.
+        channels_last: whether the output is in channels-last memory.
+        channel_min: whether the kernel ends in the minimum over channels, so that a block must see all of them.
+        per_image: whether it ends in moments of each image, so that a block must not see two.
     """
-    queue = queue_of(stream, input=input, grad_output=grad_output)
-    _check_shape("input", input, geometry.input_shape)
-    _check_shape("grad_output", grad_output, geometry.output_shape)
-    if out is None:
-        out = queue.empty(geometry.weight_shape, input.dtype)
-    check_out(out, geometry.weight_shape, input.dtype, queue.device)
-    plan = weight_gradient_plan(geometry, input.dtype, precision, queue.device.multiprocessors)
-    partial = queue.empty((plan.slices, out.size), runtime.accumulator(input.dtype))
-    kernels_of.weight_gradient(plan.block).launch(
-        queue,
-        plan.blocks,
-        input=pointer(input),
-        grad_output=pointer(grad_output),
-        partial=pointer(partial),
-        in_strides=element_strides(input),
-        out_strides=element_strides(grad_output),
-        pixels=plan.pixels,
-        slice_pixels=plan.slice_pixels,
-        slices=plan.slices,
-        height=geometry.axis(0, True),
-        width=geometry.axis(1, True),
-        groups=geometry.groups,
-        rows=plan.rows,
-        columns=plan.columns,
-        row_tiles=plan.row_tiles,
-        column_tiles=plan.column_tiles,
-    )
-    strides = element_strides(out)
-    kernels_of.sum_slices(input.dtype).launch(
-        queue,
-        -(-out.size // 256),
-        partial=pointer(partial),
-        output=pointer(out),
-        slices=plan.slices,
-        elements=out.size,
-        row_stride=strides[0],
-        column_stride=strides[1],
-        tap_strides=strides[2:],
-        kernel_h=geometry.kernel[0],
-        kernel_w=geometry.kernel[1],
-        rows=plan.rows,
-        columns=plan.columns,
-    )
-    return out
+    device = queue.device
+    few = direct.direct_plan(geometry, dtype, precision, transposed, channels_last, tiled=not channel_min)
+    if few:
+        return few
+    fast = warpgroup.plan(
+        geometry, dtype, precision, device.arch, device.multiprocessors,
+        transposed=transposed, channel_min=channel_min, per_image=per_image,
+    )  # fmt: skip
+    general = gather_plan(geometry, dtype, precision, device.multiprocessors, transposed)
+    return fast if fast and warpgroup.is_faster(fast, general, device) else general
+
+
+def _store(queue, plan, chain, ending, gathered, weight, out_strides):
+    """Computes a plan over `gathered`, the input or grad_output, and stores it through a chain."""
+    if isinstance(plan, warpgroup.Plan):
+        warpgroup.launch(queue, plan, warpgroup.store(plan, chain), ending, gathered, weight, out_strides)
+    elif isinstance(plan, GatherPlan):
+        block = plan.block
+        kernel = kernels_of.store(block, chain) if plan.transposed else kernels_of.input_gradient(block)
+        _gather(queue, plan, kernel, ending, gathered, weight, out_strides)
+    else:
+        direct.store(queue, plan, chain, ending, gathered, weight, out_strides)
 
 
 def _queue(stream, geometry, input, weight, bias, **operands):
     queue = queue_of(stream, input=input, weight=weight, bias=bias, **operands)
-    _check_shape("input", input, geometry.input_shape)
-    _check_shape("weight", weight, geometry.weight_shape)
+    check_shape("input", input, geometry.input_shape)
+    check_shape("weight", weight, geometry.weight_shape)
     if bias is not None:
         geometry.check_bias(bias.shape)
     return queue
-
-
-def _check_shape(name, array, shape):
-    if tuple(array.shape) != tuple(shape):
-        raise RuntimeError(f"expected {name} of shape {list(shape)}, but got {list(array.shape)}")
 
 
 def _per_channel(queue, geometry, operands):
@@ -223,13 +221,9 @@ def _per_channel(queue, geometry, operands):
     return [contiguous(queue, operand) for operand in operands]
 
 
-def _is_channels_last(array):
-    return array.ndim == 4 and runtime.memory_order(array) == (0, 2, 3, 1)
-
-
 def _like_layout(queue, array, like):
     """`array`, new and contiguous, with its memory seen as channels-last if `like` is channels-last."""
-    if not _is_channels_last(like):
+    if not is_channels_last(like):
         return array
     batch, channels, height, width = array.shape
     return array.reshape(batch, height, width, channels).transpose(0, 3, 1, 2)

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from .. import runtime
-from ..runtime import Kernel, cpp_type
+from ..runtime import Kernel
 from . import block_math
 from .chain import IDENTITY, chain_of
 
@@ -39,36 +39,6 @@ PACK = runtime.params(
     ("depth_words", "i4"),
     ("rows", "i4"),
     ("rows_padded", "i4"),
-)
-WEIGHT_GRADIENT = runtime.params(
-    ("input", "u8"),
-    ("grad_output", "u8"),
-    ("partial", "u8"),
-    ("in_strides", "i8", 4),
-    ("out_strides", "i8", 4),
-    ("pixels", "i8"),
-    ("slice_pixels", "i8"),
-    ("slices", "i8"),
-    ("height", "i4", 8),
-    ("width", "i4", 8),
-    ("groups", "i4"),
-    ("rows", "i4"),
-    ("columns", "i4"),
-    ("row_tiles", "i4"),
-    ("column_tiles", "i4"),
-)
-SUM_SLICES = runtime.params(
-    ("partial", "u8"),
-    ("output", "u8"),
-    ("slices", "i8"),
-    ("elements", "i8"),
-    ("row_stride", "i8"),
-    ("column_stride", "i8"),
-    ("tap_strides", "i8", 2),
-    ("kernel_h", "i4"),
-    ("kernel_w", "i4"),
-    ("rows", "i4"),
-    ("columns", "i4"),
 )
 
 
@@ -120,18 +90,6 @@ def input_gradient(block):
 
 
 @functools.cache
-def weight_gradient(block):
-    file, type = "conv_transpose2d/weight_gradient.cu", f"WeightGradient<{block.type}>"
-    return Kernel("conv_transpose2d_weight_gradient", file, type, block.threads, WEIGHT_GRADIENT)
-
-
-@functools.cache
-def sum_slices(dtype):
-    file, type = "conv_transpose2d/weight_gradient.cu", f"SumSlices<{cpp_type(dtype)}>"
-    return Kernel("conv_transpose2d_sum_slices", file, type, 256, SUM_SLICES)
-
-
-@functools.cache
 def pack(block):
     return Kernel(
         "conv_transpose2d_pack_weight", "conv_transpose2d/pack_weight.cu", f"PackWeight<{block.type}>", 256, PACK
@@ -143,7 +101,7 @@ def kernels():
     from .. import epilogue
 
     chains = [IDENTITY, chain_of((epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)))]
-    for (dtype, tensor_core), candidates in block_math.all_choices():
+    for _, candidates in block_math.all_choices():
         for block in candidates:
             for chain in chains:
                 yield store(block, chain)
@@ -151,6 +109,3 @@ def kernels():
             yield channel_min(block)
             yield input_gradient(block)
             yield pack(block)
-        for block in block_math.weight_gradient_choices(dtype, "tf32" if tensor_core else "ieee"):
-            yield weight_gradient(block)
-        yield sum_slices(dtype)

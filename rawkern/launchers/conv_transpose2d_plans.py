@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from . import block_math
 from .block_math import BlockMath, check_precision
 
-#: Longest sum of products that one block forms before partial sums are combined in double.
-_SLICE_PIXELS = 16384
-#: Memory the weight gradient's partial sums may take, in bytes; larger weights get fewer, longer slices.
-_PARTIAL_BYTES = 1 << 28
-
 
 @dataclass(frozen=True)
 class GatherPlan:
@@ -29,11 +24,17 @@ class GatherPlan:
     width: tuple
     phases: int
     pixels: int  # of one image, in the largest phase
+    cost: float  # cycles on tensor cores, roughly
 
     @property
     def image_span(self):
         """Columns reserved per image where tiles must not straddle images."""
         return -(-self.pixels // self.block.columns) * self.block.columns
+
+    @property
+    def slots(self):
+        """Partial moments of one channel of one image."""
+        return self.image_span // self.block.columns * self.phases
 
     def tiles(self, image_span=0):
         return -(-self.batch * (image_span or self.pixels) // self.block.columns)
@@ -56,8 +57,12 @@ def gather_plan(geometry, dtype, precision, multiprocessors, transposed):
     else:
         phases, pixels = 1, math.prod(geometry.input_size)
     candidates = block_math.choices(dtype, check_precision(precision), depth * _most_taps(geometry, transposed))
-    copies = geometry.groups * phases
+    copies, taps = geometry.groups * phases, _most_taps(geometry, transposed)
     block = block_math.choose(candidates, rows, geometry.batch * pixels, copies, multiprocessors)
+    tiles = copies * -(-rows // block.rows) * -(-geometry.batch * pixels // block.columns)
+    products = block.rows * block.columns / block.efficiency * depth * taps
+    # An H200's multiprocessor makes 115 products a cycle in TF32 and 150 in 16 bits; taps share what they read.
+    cost = -(-tiles // multiprocessors) * products / (115 if dtype.itemsize == 4 else 150) * (0.7 + 0.4 / taps)
     return GatherPlan(
         block=block,
         transposed=transposed,
@@ -71,6 +76,7 @@ def gather_plan(geometry, dtype, precision, multiprocessors, transposed):
         width=geometry.axis(1, transposed),
         phases=phases,
         pixels=pixels,
+        cost=cost,
     )
 
 
@@ -80,41 +86,3 @@ def _most_taps(geometry, transposed):
         return math.prod(geometry.kernel)
     periods = (s // math.gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True))
     return math.prod(-(-kernel // period) for kernel, period in zip(geometry.kernel, periods, strict=True))
-
-
-@dataclass(frozen=True)
-class WeightGradientPlan:
-    """How weight_gradient.cu computes a geometry's weight gradient."""
-
-    block: BlockMath
-    rows: int
-    columns: int
-    row_tiles: int
-    column_tiles: int
-    pixels: int
-    slice_pixels: int
-    slices: int
-    blocks: int
-
-
-@functools.lru_cache(maxsize=4096)
-def weight_gradient_plan(geometry, dtype, precision, multiprocessors):
-    """Slices of pixels: enough to fill the device and to keep sums short, within the memory for partial sums."""
-    rows, columns = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    copies = math.prod(geometry.kernel) * geometry.groups
-    pixels = geometry.batch * math.prod(geometry.input_size)
-    candidates = block_math.weight_gradient_choices(dtype, check_precision(precision))
-    # The slices fill the device, so what counts is the work of one slice.
-    block = block_math.choose(candidates, rows, columns, copies, 1)
-    row_tiles, column_tiles = -(-rows // block.rows), -(-columns // block.columns)
-    to_fill = -(-4 * multiprocessors // (row_tiles * column_tiles * copies))
-    to_keep_short = -(-pixels // _SLICE_PIXELS)
-    affordable = max(1, _PARTIAL_BYTES // (8 * math.prod(geometry.weight_shape)))
-    wanted = max(1, min(max(to_fill, to_keep_short), affordable, -(-pixels // 64)))
-    slab = block.words * block.pack
-    slice_pixels = max(1, -(-pixels // (wanted * slab))) * slab
-    slices = -(-pixels // slice_pixels)
-    return WeightGradientPlan(
-        block, rows, columns, row_tiles, column_tiles, pixels, slice_pixels, slices,
-        blocks=row_tiles * column_tiles * copies * slices,
-    )  # fmt: skip

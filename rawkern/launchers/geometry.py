@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 def pair(value, name):
     """`value`, an int or a sequence of one or two, as a pair of ints. Raises TypeError or RuntimeError, as torch."""
-    if type(value) is int:  # the common case
+    if type(value) is int:  # the common cases first
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
     if isinstance(value, (tuple, list)):
         values = tuple(_int(item, name, "tuple of ints") for item in value)
         if len(values) not in (1, 2):
@@ -20,6 +22,11 @@ def pair(value, name):
         return values * (3 - len(values))
     value = _int(value, name, "tuple of ints")
     return value, value
+
+
+def check_groups(groups):
+    """The number of groups as an int. Raises TypeError for what is none."""
+    return groups if type(groups) is int else _int(groups, "groups", "int")
 
 
 def _int(value, name, expected):
@@ -65,12 +72,18 @@ class Geometry:
             )
         stride, padding = pair(stride, "stride"), pair(padding, "padding")
         output_padding, dilation = pair(output_padding, "output_padding"), pair(dilation, "dilation")
-        groups = _int(groups, "groups", "int")
-        return cls._of(tuple(input_shape), tuple(weight_shape), stride, padding, output_padding, groups, dilation)
+        groups = check_groups(groups)
+        arguments = tuple(input_shape), tuple(weight_shape), stride, padding, output_padding, groups, dilation
+        symbolic = any(type(size) is not int for size in (*input_shape, *weight_shape))  # sizes of a traced program
+        return cls._new(*arguments) if symbolic else cls._of(*arguments)
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
-    def _of(cls, input_shape, weight_shape, stride, padding, output_padding, groups, dilation):
+    def _of(cls, *arguments):
+        return cls._new(*arguments)
+
+    @classmethod
+    def _new(cls, input_shape, weight_shape, stride, padding, output_padding, groups, dilation):
         geometry = cls(
             batch=input_shape[0],
             in_channels=input_shape[1],
@@ -97,32 +110,34 @@ class Geometry:
             raise RuntimeError(f"non-positive dilation is not supported, got dilation={self.dilation}")
         if self.groups < 1:
             raise RuntimeError(f"non-positive groups is not supported, got groups={self.groups}")
+        # Sizes are compared one by one: of a traced program's sizes it must not be asked which is the smallest.
         if weight_shape[0] < 1 or weight_shape[0] % self.groups:
             raise RuntimeError(
                 f"Given groups={self.groups}, expected weight to be at least 1 and divisible by {self.groups} at "
                 f"dimension 0, but got weight of size {weight_shape}"
             )
-        if min(weight_shape) < 1:
+        if any(size < 1 for size in weight_shape):
             raise RuntimeError(f"expected weight without empty dimensions, but got weight of size {weight_shape}")
         if self.in_channels != weight_shape[0]:
             raise RuntimeError(
                 f"Given transposed=1, weight of size {weight_shape}, expected input{input_shape} to have "
                 f"{weight_shape[0]} channels, but got {self.in_channels} channels instead"
             )
-        if min(self.input_size) < 1:
+        if any(size < 1 for size in self.input_size):
             raise RuntimeError(f"Only zero batch inputs are supported, but got input shape: {input_shape}")
         if any(o >= s and o >= d for o, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True)):
             raise RuntimeError(
                 "output padding must be smaller than either stride or dilation, but got "
                 f"output_padding={self.output_padding}, stride={self.stride}, dilation={self.dilation}"
             )
-        if min(self.output_size) < 1:
+        if any(size < 1 for size in self.output_size):
             raise RuntimeError(
                 f"Given input size per channel: {self.input_size}. Calculated output size per channel: "
                 f"{self.output_size}. Output size is too small"
             )
         extents = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-        if max(*self.input_shape, *self.output_shape, *self.padding, *self.stride, *self.dilation, *extents) >= 2**29:
+        sizes = (*self.input_shape, *self.output_shape, *self.padding, *self.stride, *self.dilation, *extents)
+        if any(type(size) is int and size >= 2**29 for size in sizes):  # symbols: when the program runs
             raise RuntimeError("sizes of 2**29 and more along one dimension are not supported")
 
     @functools.cached_property
@@ -164,3 +179,9 @@ class Geometry:
         inverse = pow(dilation // common, -1, period) if period > 1 else 0
         sizes = sizes if transposed else sizes[::-1]
         return (*sizes, self.kernel[index], stride, self.padding[index], dilation, common, inverse)
+
+
+def check_shape(name, array, shape):
+    """Raises RuntimeError unless the array called `name` has this shape."""
+    if tuple(array.shape) != tuple(shape):
+        raise RuntimeError(f"expected {name} of shape {list(shape)}, but got {list(array.shape)}")

@@ -130,7 +130,7 @@ def _walking_kernel(name, struct, arrays, dtype, cpp, chain_params, groups=True)
 
 
 def _chained_kernel(name, struct, arrays, dtype, chain, groups=True):
-    if chain.tensors:
+    if chain.tensor_count:
         raise ValueError("the functions before a normalisation take no tensors")
     return _walking_kernel(name, struct, arrays, dtype, chain.cpp, chain.params, groups)
 

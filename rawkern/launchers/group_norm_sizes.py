@@ -32,12 +32,7 @@ class Sizes:
             ValueError: groups of one value each, all in one (there is nothing to normalise).
         """
         shape = tuple(input_shape)
-        try:
-            num_groups = operator.index(num_groups)
-        except TypeError:
-            raise TypeError(
-                f"group_norm(): argument 'num_groups' must be int, not {type(num_groups).__name__}"
-            ) from None
+        num_groups = cls.check_num_groups(num_groups)
         if len(shape) < 2:
             raise RuntimeError(f"Expected at least 2 dimensions for input tensor but received {len(shape)}")
         if num_groups == 0:
@@ -59,6 +54,16 @@ class Sizes:
                     f"of shape {list(vector)} and input of shape {list(shape)}"
                 )
         return cls(batch, channels, spatial, num_groups)
+
+    @staticmethod
+    def check_num_groups(num_groups):
+        """num_groups as an int. Raises TypeError for what is none."""
+        try:
+            return operator.index(num_groups)
+        except TypeError:
+            raise TypeError(
+                f"group_norm(): argument 'num_groups' must be int, not {type(num_groups).__name__}"
+            ) from None
 
     @property
     def channels_per_group(self):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..runtime import is_dense
+from ..runtime import is_dense, memory_order
 
 _SAME_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -42,8 +42,6 @@ def copy(queue, destination, source):
     return destination
 
 
-def fill_zero(queue, array):
-    """Sets all elements to zero; returns the array."""
-    with queue.device.on(queue.stream):
-        array.view(_SAME_SIZE[array.itemsize])[...] = 0
-    return array
+def is_channels_last(array):
+    """Whether a 4-D array lies in memory in the order (N, H, W, C)."""
+    return array.ndim == 4 and memory_order(array) == (0, 2, 3, 1)

@@ -56,12 +56,15 @@ _SPREAD = runtime.params(
 
 def output_shape(batch, width, bias_shape):
     """The shape of (batch, 1, 1, width) + bias. Raises RuntimeError if the bias does not broadcast."""
-    try:
-        return np.broadcast_shapes((batch, 1, 1, width), tuple(bias_shape))
-    except ValueError:
-        raise RuntimeError(
-            f"bias has shape {tuple(bias_shape)}, which does not broadcast with the {(batch, 1, 1, width)} of the sums"
-        ) from None
+    sums, bias = (batch, 1, 1, width), tuple(bias_shape)
+    dims = max(4, len(bias))
+    pairs = zip((1,) * (dims - 4) + sums, (1,) * (dims - len(bias)) + bias, strict=True)
+    shape = []
+    for ours, others in pairs:
+        if ours != others and ours != 1 and others != 1:
+            raise RuntimeError(f"bias has shape {bias}, which does not broadcast with the {sums} of the sums")
+        shape.append(others if ours == 1 else ours)
+    return tuple(shape)
 
 
 def check_input(shape):

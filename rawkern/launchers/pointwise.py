@@ -106,8 +106,7 @@ class _Call:
         tensors = tuple(self.chain.tensors if tensors is None else tensors)
         named = {f"tensor {i} of the chain": array for i, array in enumerate(tensors)}
         self.queue = runtime.queue_of(stream, input=input, **named, **others)
-        if len(tensors) != len(self.chain.tensors):
-            raise ValueError(f"the chain has {len(self.chain.tensors)} tensors, got {len(tensors)}")
+        self.chain.check_count(tensors)
         self.axis = channel_axis(input.shape, [array.shape for array in tensors])
         self.input = dense(self.queue, input)
         self.tensors = [contiguous(self.queue, array) for array in tensors]

@@ -17,14 +17,18 @@ from .arrays import (
 )
 from .errors import CacheError, CompileError, EmulatorError
 from .kernel import Kernel, params
+from .tape import ALIGNMENT, Recorder, Tape
 
 __all__ = [
+    "ALIGNMENT",
     "CPP_TYPES",
     "CacheError",
     "CompileError",
     "EmulatorError",
     "Kernel",
     "Queue",
+    "Recorder",
+    "Tape",
     "accumulator",
     "bfloat16",
     "check_out",

@@ -38,6 +38,12 @@ class Queue:
         permuted = self.empty([array.shape[axis] for axis in order], dtype or array.dtype)
         return permuted.transpose(np.argsort(order)) if order else permuted
 
+    def launch(self, kernel, grid, params):
+        """Launches a kernel; a stream that has a method `launched` (see tape.Recorder) is told."""
+        self.device.launch(kernel, grid, params, self)
+        if hasattr(self.stream, "launched"):
+            self.stream.launched(self.device, kernel, grid, params)
+
 
 _EMULATOR = Emulator()
 

@@ -1,7 +1,8 @@
 """The CPU behind the runtime's interface: the system's C++ compiler builds the same sources against cuda/include/cpu.
 
 `RAWKERN_SANITIZE=address` builds with AddressSanitizer (the process must have its runtime preloaded);
-`RAWKERN_CXX` names the compiler, `RAWKERN_THREADS` the number of CPU cores to use.
+`RAWKERN_CXX` names the compiler, `RAWKERN_THREADS` the number of CPU cores to use, `RAWKERN_EMULATED_ARCH` the GPU
+architecture whose kernels are chosen (default sm_90a).
 """
 
 import contextlib
@@ -27,6 +28,8 @@ class Emulator:
     name = "cpu"
     xp = np
     multiprocessors = 1
+    #: The architecture whose kernels run: the emulator knows the instructions of all of them.
+    arch = os.environ.get("RAWKERN_EMULATED_ARCH", "sm_90a")
 
     def __init__(self):
         self._functions = {}
@@ -38,14 +41,26 @@ class Emulator:
     @staticmethod
     def on(stream):
         """A context in which NumPy's own operations may be used on this device's arrays."""
+        if hasattr(stream, "uses_library"):
+            stream.uses_library()
         return contextlib.nullcontext()
 
     def launch(self, kernel, grid, params, queue):
+        params = ctypes.create_string_buffer(params.tobytes(), params.nbytes)
+        self.repeat([self.prepare(kernel, grid, ctypes.addressof(params))], 0)
+
+    def prepare(self, kernel, grid, params):
+        """What `repeat` takes: a launch whose parameters are at the address `params`."""
         function = self._functions.get(kernel) or self._load(kernel)
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
-        grid = (ctypes.c_uint * 3)(*grid)
-        if function(params.tobytes(), grid, kernel.shared_bytes, workers(), error, _ERROR_BYTES):
-            raise EmulatorError(error.value.decode())
+        return function, params, (ctypes.c_uint * 3)(*grid), kernel.shared_bytes
+
+    @staticmethod
+    def repeat(launches, stream):
+        """Runs prepared launches one after the other."""
+        for function, params, grid, shared_bytes in launches:
+            error = ctypes.create_string_buffer(_ERROR_BYTES)
+            if function(params, grid, shared_bytes, workers(), error, _ERROR_BYTES):
+                raise EmulatorError(error.value.decode())
 
     def _load(self, kernel):
         path = build(kernel)
@@ -63,7 +78,7 @@ class Emulator:
             ) from error
         function = library.rawkern_launch
         function.argtypes = (
-            ctypes.c_char_p,
+            ctypes.c_void_p,
             ctypes.POINTER(ctypes.c_uint),
             ctypes.c_size_t,
             ctypes.c_int,

@@ -48,7 +48,7 @@ class Kernel:
     def launch(self, queue, blocks, **fields):
         """Runs `blocks` blocks on `queue` (see arrays.Queue); nothing happens if there are none."""
         if blocks:
-            queue.device.launch(self, linear_grid(blocks), pack(self.params, fields), queue)
+            queue.launch(self, linear_grid(blocks), pack(self.params, fields))
 
     def __hash__(self):
         return hash((self.name, self.file, self.type))

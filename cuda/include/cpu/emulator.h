@@ -33,9 +33,6 @@ struct uint3 {
 struct float4 {
   float x, y, z, w;
 };
-struct double2 {
-  double x, y;
-};
 
 namespace rawkern {
 namespace emulator {
@@ -43,11 +40,12 @@ namespace emulator {
 constexpr int kMaxThreads = 1024;
 constexpr int kWarpSize = 32;
 constexpr int kSlotBytes = 64;
-constexpr int kMaxCopies = 64;
+constexpr int kMaxCopies = 256;
+constexpr size_t kSharedAlignment = 1024;  // the swizzled layouts of wgmma.cuh follow the address's bits
 constexpr size_t kStaticSharedLimit = 48 * 1024;
 constexpr size_t kDynamicSharedLimit = 227 * 1024;
 
-enum class State : unsigned char { kUnstarted, kReady, kAtBarrier, kAtWarp, kDone };
+enum class State : unsigned char { kUnstarted, kReady, kAtBarrier, kAtWarp, kAtPhase, kDone };
 
 struct Place {
   const char* file;
@@ -60,12 +58,15 @@ struct Copy {
   void* destination;
   const void* source;
   int bytes;
+  int group;
 };
 
 struct Thread {
   Fiber* fiber;
   Place place;
+  const void* awaited;  // what a thread in state kAtPhase waits for
   int copies;
+  int group;  // of the next copy
   Copy copy[kMaxCopies];
 };
 
@@ -74,6 +75,10 @@ struct Warp {
   int generation;
   Place place;
   alignas(16) unsigned char slot[2][kWarpSize][kSlotBytes];
+};
+
+struct NamedBarrier {
+  int arrived;
 };
 
 struct SharedMemory {
@@ -86,7 +91,7 @@ struct SharedMemory {
     if (filled && bytes == size) return data;
     if (bytes != size) {
       free(data);
-      if (posix_memalign(&data, 128, bytes)) abort();
+      if (posix_memalign(&data, kSharedAlignment, bytes)) abort();
       size = bytes;
     }
     memset(data, 0xff, bytes);
@@ -108,6 +113,7 @@ struct Block {
   State state[kMaxThreads];
   Thread thread[kMaxThreads];
   Warp warp[kMaxThreads / kWarpSize];
+  NamedBarrier named[16];
   SharedMemory static_shared, dynamic_shared;
   Fiber main;
   Fiber* free_fibers = nullptr;
@@ -131,15 +137,17 @@ inline void switch_to_main() { switch_fiber(block->thread[block->current].fiber,
 inline void report_deadlock() {
   for (int t = 0; t < block->threads; ++t) {
     State state = block->state[t];
-    if (state != State::kAtBarrier && state != State::kAtWarp) continue;
+    if (state != State::kAtBarrier && state != State::kAtWarp && state != State::kAtPhase) continue;
     int waiting = 0;
     for (int u = 0; u < block->threads; ++u) waiting += block->state[u] == state;
+    const char* what = state == State::kAtBarrier ? "barrier divergence: __syncthreads"
+                       : state == State::kAtWarp  ? "warp divergence: warp collective"
+                                                  : "deadlock: wait for a phase of a barrier that never completes,";
     snprintf(
         block->error, sizeof block->error,
         "%s: block (%u, %u, %u): %s reached by %d of %d threads of the block (thread %d waits, %d returned), %s:%d",
-        block->kernel, block->index.x, block->index.y, block->index.z,
-        state == State::kAtBarrier ? "barrier divergence: __syncthreads" : "warp divergence: warp collective", waiting,
-        block->threads, t, block->done, block->thread[t].place.file, block->thread[t].place.line);
+        block->kernel, block->index.x, block->index.y, block->index.z, what, waiting, block->threads, t, block->done,
+        block->thread[t].place.file, block->thread[t].place.line);
     return;
   }
 }
@@ -237,6 +245,31 @@ inline void barrier(Place place) {
   yield_thread();
 }
 
+// Waits until another thread calls wake(awaited).
+inline void wait_for(const void* awaited, Place place) {
+  int self = block->current;
+  block->thread[self].place = place;
+  block->thread[self].awaited = awaited;
+  block->state[self] = State::kAtPhase;
+  yield_thread();
+}
+
+inline void wake(const void* awaited) {
+  for (int t = 0; t < block->threads; ++t)
+    if (block->state[t] == State::kAtPhase && block->thread[t].awaited == awaited) block->state[t] = State::kReady;
+}
+
+// A barrier among `threads` threads of the block, such as those of one role (bar.sync id, threads).
+inline void named_barrier(int id, int threads, Place place) {
+  NamedBarrier& barrier = block->named[id];
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    wake(&barrier);
+    return;
+  }
+  wait_for(&barrier, place);
+}
+
 inline int lane_id() { return block->current % kWarpSize; }
 inline Warp& this_warp() { return block->warp[block->current / kWarpSize]; }
 inline int warp_lanes() {
@@ -327,16 +360,30 @@ inline T& dynamic_shared(Place place) {
 inline void async_copy(void* destination, const void* source, int bytes, Place place) {
   Thread& thread = block->thread[block->current];
   if (thread.copies == kMaxCopies) fail("too many asynchronous copies under way", place);
-  thread.copy[thread.copies++] = Copy{destination, source, bytes};
+  thread.copy[thread.copies++] = Copy{destination, source, bytes, thread.group};
 }
 
-// Copies through a function of this library, so that AddressSanitizer sees both ends.
-inline void async_wait_all() {
+inline void async_commit() { ++block->thread[block->current].group; }
+
+// Lands the copies of all but the last `groups` groups, through a function of this library, so that AddressSanitizer
+// sees both ends.
+inline void async_wait(int groups) {
   Thread& thread = block->thread[block->current];
-  for (int i = 0; i < thread.copies; ++i)
-    for (int byte = 0; byte < thread.copy[i].bytes; ++byte)
-      static_cast<char*>(thread.copy[i].destination)[byte] = static_cast<const char*>(thread.copy[i].source)[byte];
-  thread.copies = 0;
+  int kept = 0;
+  for (int i = 0; i < thread.copies; ++i) {
+    const Copy& copy = thread.copy[i];
+    if (copy.group >= thread.group - groups) {
+      thread.copy[kept++] = copy;
+      continue;
+    }
+    for (int byte = 0; byte < copy.bytes; ++byte)
+      static_cast<char*>(copy.destination)[byte] = static_cast<const char*>(copy.source)[byte];
+  }
+  thread.copies = kept;
+}
+inline void async_wait_all() {
+  async_commit();
+  async_wait(0);
 }
 
 inline void free_fiber(Fiber* fiber) {
@@ -351,9 +398,10 @@ inline void run_block(uint3 index) {
   b->static_shared.filled = b->dynamic_shared.filled = false;
   for (int t = 0; t < b->threads; ++t) {
     b->state[t] = State::kUnstarted;
-    b->thread[t].copies = 0;
+    b->thread[t].copies = b->thread[t].group = 0;
   }
   for (int w = 0; w * kWarpSize < b->threads; ++w) b->warp[w].arrived = 0;
+  for (NamedBarrier& barrier : b->named) barrier.arrived = 0;
   b->current = 0;
   b->state[0] = State::kReady;
   Fiber* first = take_fiber();
@@ -494,11 +542,19 @@ inline float __uint_as_float(unsigned word) {
   memcpy(&value, &word, 4);
   return value;
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  unsigned long long bytes = (unsigned long long)high << 32 | low, result = 0;
+  for (int i = 0; i < 4; ++i) result |= (bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return unsigned(result);
+}
 inline unsigned __float_as_uint(float value) {
   unsigned word;
   memcpy(&word, &value, 4);
   return word;
 }
+
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline int __ffs(unsigned word) { return __builtin_ffs(int(word)); }
 
 #define threadIdx (uint3{unsigned(::rawkern::emulator::block->current), 0u, 0u})
 #define blockIdx (::rawkern::emulator::block->index)

@@ -1,0 +1,19 @@
+// Transposed convolution, forward, on Hopper's tensor cores (see forward.cu for what is computed): warpgroup_gather.cuh
+// with one of the endings of warpgroup_endings.cuh. Its input gradient is the same kernel, with the identity for a
+// chain and other steps: an ordinary convolution is a gather as well.
+#include "warpgroup_endings.cuh"
+#include "warpgroup_gather.cuh"
+
+namespace rawkern {
+
+template <class T, int kPhases, int kPixels, int kStageBytes, class Chain>
+using WarpgroupForward = WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupStore<T, Chain>>;
+
+template <class T, int kPhases, int kPixels, int kStageBytes, class Chain>
+using WarpgroupForwardWithMoments =
+    WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupStoreWithMoments<T, Chain>>;
+
+template <class T, int kPhases, int kPixels, int kStageBytes>
+using WarpgroupForwardChannelMin = WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupChannelMin<T>>;
+
+}  // namespace rawkern

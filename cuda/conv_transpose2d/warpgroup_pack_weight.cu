@@ -1,0 +1,68 @@
+// Repacks weights for warpgroup_gather.cuh, in the order in which its blocks read them: for each unit of 64
+// kChannelGroups output channels, each pass, each slab of input channels and each step (tap) of the pass one tile of
+// kRows rows of 128 bytes, swizzled as wgmma.cuh says, rounded to the operand format, padded with zeros.
+//
+// One thread per 16 bytes; writes are coalesced, reads follow the weights' own strides. The weights are small (and stay
+// in the L2 cache for the kernel that follows), so this is a few microseconds. Meant for sm_90a, runs anywhere.
+#include "warpgroup_gather.cuh"
+
+namespace rawkern {
+
+template <class T>
+struct WarpgroupPackWeight {
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 2;
+  static constexpr int kRows = 64;
+  static constexpr int kUnit = 16 / sizeof(T), kSlab = kSwizzledRow / sizeof(T);
+
+  struct Params {
+    const void* weight;
+    void* packed;
+    int64 group_stride, depth_stride, row_stride, tap_strides[2];
+    int64 count;  // of 16-byte units
+    int depth, rows, units_per_group, slabs, passes, kernel_w;
+    short pass_step[kMaxPhases + 1];  // first step of each pass
+    short tap[kMaxSteps];             // of each step: kh * kernel_w + kw
+  };
+
+  struct alignas(16) Unit {
+    unsigned words[4];
+  };
+
+  __device__ static Unit make_unit(const T (&values)[kUnit]) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4)
+        unit.words[i] = tf32_round(values[i]);
+      else
+        unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
+    }
+    return unit;
+  }
+
+  __device__ static void run(const Params& p) {
+    int64 index = linear_block() * kThreads + threadIdx.x;
+    if (index >= p.count) return;
+    int unit = int(index % 8), row = int(index / 8 % kRows);
+    int64 tile = index / (8 * kRows);
+    int steps = p.pass_step[p.passes], per_unit = steps * p.slabs;
+    int64 block = tile / per_unit;
+    int within = int(tile - block * per_unit), pass = 0;
+    while (within >= p.pass_step[pass + 1] * p.slabs) ++pass;
+    within -= p.pass_step[pass] * p.slabs;
+    int pass_steps = p.pass_step[pass + 1] - p.pass_step[pass];
+    int slab = within / pass_steps, tap = p.tap[p.pass_step[pass] + within % pass_steps];
+    int channel = slab * kSlab + unit * kUnit, out = int(block % p.units_per_group) * kRows + row;
+    const T* source = static_cast<const T*>(p.weight) + block / p.units_per_group * p.group_stride +
+                      out * p.row_stride + tap / p.kernel_w * p.tap_strides[0] + tap % p.kernel_w * p.tap_strides[1];
+    T values[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i)
+      values[i] = out < p.rows && channel + i < p.depth ? source[(channel + i) * p.depth_stride] : T{};
+    unsigned char* to = static_cast<unsigned char*>(p.packed) + tile * (kRows * kSwizzledRow);
+    *reinterpret_cast<Unit*>(to + swizzled(row, unit)) = make_unit(values);
+  }
+};
+
+}  // namespace rawkern

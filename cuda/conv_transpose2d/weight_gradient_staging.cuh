@@ -1,0 +1,367 @@
+// How a block brings the rows of an operand of the weight gradient from global memory into a swizzled tile.
+//
+// A tile has one row of 128 bytes for each channel (of x), or for each pair of a tap and a channel (of gy); along it
+// lie the 32 words of a strip of pixels: one TF32 value each, rounded here, or two 16-bit values. What does not exist
+// is zero. Three ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
+//     AlongPixels    a warp has several rows, a lane a word of each. Any strides.
+//     AlongChannels  a lane has a row (two rows of 16-bit values, read as one word, for which channels must be
+//                    neighbours in memory), a warp 16 bytes of each.
+//     AlongWindows   stride 1, pixels neighbours in memory, a strip within one image; of 16-bit values, an even width
+//                    of gy and words at even columns whole in memory: a warp has several channels, a lane two words of
+//                    the window that all taps see, which each tap puts into its own row.
+// All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
+// number of instructions: where all that a warp loads exists, it asks once instead of for each element.
+#pragma once
+#include "index_space.cuh"
+#include "opaque.cuh"
+#include "read_only.cuh"
+#include "weight_gradient_products.cuh"
+
+namespace rawkern {
+
+constexpr int kNowhere = -(1 << 30);  // a column that no tap moves into an image
+
+// The pixels of a strip in one tensor: offset from the image row's first pixel of the first image, and column.
+template <int kPixels>
+struct Strip2d {
+  int64 offset[kPixels];
+  int column[kPixels];
+};
+
+// The rows of a block's tiles: row r is channel r % tap_rows at tap r / tap_rows; `tap_rows` is a multiple of 16. Kept
+// in shared memory, where it takes no registers from the products.
+template <class T>
+struct TileRows {
+  const T* base;                                               // of the tile's first channel and tap, in row 0
+  int64 channel_stride, row_stride, tap_stride, pixel_stride;  // the last from a pixel of the strip to the next
+  int channels, taps;                                          // that there are, from the tile's first
+  int height, width;
+  int tap_rows, tap_inverse;   // 4096 / tap_rows, rounded up
+  int first_column, dilation;  // what the first tap adds to a column of the strip, and how much more the next
+  int column_step;             // from a pixel of the strip to the next
+  int odd;                     // whether the first tap begins a strip at an odd column
+
+  __device__ int tap(int row) const { return (row / 16 * tap_inverse) >> 8; }
+
+  // What a tap adds to the columns of the strip, in this row of the image.
+  __device__ int displacement(int tap, int image_row) const {
+    return tap < taps && unsigned(image_row) < unsigned(height) ? first_column + tap * dilation : kNowhere;
+  }
+  __device__ bool exists(int column) const { return unsigned(column) < unsigned(width); }
+  __device__ const T* channel_at(int tap, int channel, int image_row) const {
+    return base + tap * tap_stride + channel * channel_stride + image_row * row_stride;
+  }
+};
+
+__device__ inline unsigned bits_of(float value) { return __float_as_uint(value); }
+__device__ inline unsigned bits_of(Half value) { return value.bits; }
+__device__ inline unsigned bits_of(BFloat16 value) { return value.bits; }
+
+template <class T>
+struct WordOfPixels {
+  static constexpr int kPack = 2;
+  __device__ static unsigned make(const unsigned (&bits)[2]) { return bits[0] | bits[1] << 16; }
+};
+template <>
+struct WordOfPixels<float> {
+  static constexpr int kPack = 1;
+  __device__ static unsigned make(const unsigned (&bits)[1]) { return tf32_round(__uint_as_float(bits[0])); }
+};
+
+// An address that walks in equal steps, counted in bytes, which takes an addition where an index takes two shifts more.
+template <class T>
+class Address {
+ public:
+  Address() = default;
+  __device__ Address(const T* start, int64 step)
+      : at_(reinterpret_cast<uint64>(start)), step_(step * int64(sizeof(T))) {}
+  __device__ void advance() { at_ += step_; }
+  __device__ unsigned bits() const { return bits_of(read_only(reinterpret_cast<const T*>(at_))); }
+  // The word here, or so many words further on.
+  __device__ unsigned word(int further = 0) const {
+    return read_only(reinterpret_cast<const unsigned*>(at_) + further);
+  }
+
+ private:
+  uint64 at_;
+  int64 step_;
+};
+
+// Of so many equal shares, how many a warp takes that takes part: a warp has all of them or none.
+__host__ __device__ constexpr int shares_of_warp(int shares, int warps) {
+  int each = 1;
+  while (each * warps < shares) each *= 2;
+  return each;
+}
+
+template <class T, int kRows, int kWarps>
+struct PixelRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kEach = shares_of_warp(kRows, kWarps);
+  static_assert(kRows % kEach == 0 && (16 % kEach == 0 || kEach % 16 == 0), "a warp's rows belong to one tap");
+  unsigned bits[kEach][kPack];
+
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int lane = threadIdx.x % kWarp, first = opaque(warp) * kEach, tap = rows.tap(first);
+    if (first >= kRows) return;
+    int channel = first - tap * rows.tap_rows, displacement = rows.displacement(tap, image_row);
+    const T* start = rows.channel_at(tap, channel, image_row);
+    Address<T> from[kPack];
+    int left[kPack];  // channels of this pixel
+    bool all = channel + kEach <= rows.channels;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      int pixel = lane * kPack + i;
+      bool exists = rows.exists(strip.column[pixel] + displacement);
+      left[i] = exists ? rows.channels - channel : 0;
+      from[i] = Address<T>(start + strip.offset[pixel], rows.channel_stride);
+      all = all && exists;
+    }
+    if (__all_sync(kFullMask, all)) {
+#pragma unroll
+      for (int row = 0; row < kEach; ++row) {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          bits[row][i] = from[i].bits();
+          from[i].advance();
+        }
+      }
+    } else {
+#pragma unroll
+      for (int row = 0; row < kEach; ++row) {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          bits[row][i] = row < left[i] ? from[i].bits() : 0;
+          from[i].advance();
+        }
+      }
+    }
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+    int lane = threadIdx.x % kWarp;
+    if (warp * kEach >= kRows) return;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      *reinterpret_cast<unsigned*>(tile + swizzled(warp * kEach + i, lane / 4) + lane % 4 * 4) =
+          WordOfPixels<T>::make(bits[i]);
+  }
+};
+
+template <class T, int kRows, int kWarps>
+struct ChannelRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kBlock = kWarp * kPack, kUnits = 8, kRun = 4 * kPack;
+  static constexpr int kItems = int(ceil_div(kRows, kBlock)) * kUnits, kEach = shares_of_warp(kItems, kWarps);
+  static_assert(kUnits % kEach == 0, "a warp's units are neighbours in the same rows");
+  unsigned bits[kEach][kRun];  // of each pixel, kPack channels
+
+  __device__ static int row_of(int item) { return item / kUnits * kBlock + threadIdx.x % kWarp * kPack; }
+
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    constexpr int kLast = kEach * kRun - 1;
+    int item = opaque(warp) * kEach, row = row_of(item), first = item % kUnits * kRun;
+    if (item >= kItems) return;
+    int tap = rows.tap(row), channel = row - tap * rows.tap_rows, displacement = rows.displacement(tap, image_row);
+    bool has_row = row < kRows && channel < rows.channels;
+    int begin = strip.column[first] + displacement, end = strip.column[first + kLast] + displacement;
+    bool one_image = end - begin == kLast * rows.column_step;
+    const T* start = rows.channel_at(tap, channel, image_row);
+    if (__all_sync(kFullMask, has_row && one_image && rows.exists(begin) && rows.exists(end))) {
+      Address<T> from(start + strip.offset[first], rows.pixel_stride);
+#pragma unroll
+      for (int i = 0; i <= kLast; ++i) {
+        bits[i / kRun][i % kRun] = from.word();
+        from.advance();
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i <= kLast; ++i) {
+        bool exists = has_row && rows.exists(strip.column[first + i] + displacement);
+        const T* from = start + strip.offset[first + i];
+        bits[i / kRun][i % kRun] = exists ? read_only(reinterpret_cast<const unsigned*>(from)) : 0;
+      }
+    }
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+    int later = kPack == 2 ? threadIdx.x / 4 % 2 : 0;  // which of two rows comes second, for the banks' sake
+    int item = warp * kEach, row = row_of(item);
+    if (item >= kItems || row >= kRows) return;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      int half = k ^ later;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        Words<unsigned, 4> unit;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) unit.at[word] = word_at(bits[i], word, half);
+        *reinterpret_cast<Words<unsigned, 4>*>(tile + swizzled(row + half, item % kUnits + i)) = unit;
+      }
+    }
+  }
+
+  // A word of pixels of one channel, from the words of two channels that were read.
+  __device__ static unsigned word_at(const unsigned (&read)[kRun], int word, int half) {
+    if constexpr (kPack == 1)
+      return WordOfPixels<T>::make({read[word]});
+    else
+      return __byte_perm(read[2 * word], read[2 * word + 1], half ? 0x7632 : 0x5410);
+  }
+};
+
+// Of a word as it was read, the word to stage.
+template <class T>
+__device__ inline unsigned staged_word(unsigned word) {
+  if constexpr (WordOfPixels<T>::kPack == 1)
+    return WordOfPixels<T>::make({word});
+  else
+    return word;
+}
+
+// Rows of x by words of neighbouring pixels: of the warps that take part, each has every eighth row, with one swizzle.
+template <class T, int kRows, int kWarps>
+struct WordRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kSharers = 8, kEach = kRows / kSharers;
+  static_assert(kWarps >= kSharers, "every row has its warp");
+  unsigned words[kEach];
+
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int first = opaque(warp), left = rows.channels - first;
+    if (first >= kSharers) return;
+    const T* start = rows.channel_at(0, first, image_row) + strip.offset[0] + threadIdx.x % kWarp * kPack;
+    Address<T> from(start, rows.channel_stride * kSharers);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      words[i] = i * kSharers < left ? from.word() : 0;
+      from.advance();
+    }
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+    int lane = threadIdx.x % kWarp;
+    if (warp >= kSharers) return;
+    unsigned char* to = tile + swizzled(warp, lane / 4) + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      *reinterpret_cast<unsigned*>(to + i * kSharers * kSwizzledRow) = staged_word<T>(words[i]);
+  }
+};
+
+// Rows of gy, two taps or more in a tile: of each channel, 64 words (of 16-bit values, from an even column on). A tap
+// that is `shift` pixels on sees them from word shift / kPack on, and if there is half a word left, words that
+// straddle.
+template <class T, int kRows, int kWarps>
+struct WindowRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kEach = int(ceil_div(kRows / 2, kWarps));
+  static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
+  unsigned words[kEach][2];
+
+  __device__ static int taps(const TileRows<T>& rows) { return rows.tap(kRows - 1) + 1; }
+
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int lane = threadIdx.x % kWarp, first = opaque(warp), shift = rows.odd;
+    int column = strip.column[0] + rows.first_column - shift + lane * kPack;
+    bool row_exists = unsigned(image_row) < unsigned(rows.height), exists = row_exists && rows.exists(column);
+    bool has_more =
+        row_exists && rows.exists(column + 32 * kPack) && lane * kPack <= shift + (taps(rows) - 1) * rows.dilation;
+    int left = exists ? rows.channels - first : 0, more_left = has_more ? rows.channels - first : 0;
+    const T* start = rows.channel_at(0, first, image_row) + strip.offset[0] + (lane * kPack - shift);
+    Address<T> from(start, rows.channel_stride * kWarps);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      words[i][0] = i * kWarps < left ? from.word() : 0;
+      words[i][1] = i * kWarps < more_left ? from.word(32) : 0;
+      from.advance();
+    }
+  }
+
+  __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp) const {
+    int lane = threadIdx.x % kWarp, count = taps(rows), tap_rows = rows.tap_rows, dilation = rows.dilation;
+    unsigned staged[kEach][2];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) staged[i][k] = staged_word<T>(words[i][k]);
+    tile += warp * kSwizzledRow;
+#pragma unroll 1
+    for (int tap = 0, shift = rows.odd; tap < count; ++tap, shift += dilation, tile += tap_rows * kSwizzledRow) {
+      int distance = shift / kPack, to = (lane - distance) & (kWarp - 1);
+      int place = ((to / 4 ^ (warp & 7)) << 4) + to % 4 * 4;
+      if (shift % kPack)
+        put<true>(staged, distance, tile + place, tile + (place ^ 64), tap_rows - warp);
+      else
+        put<false>(staged, distance, tile + place, tile + (place ^ 64), tap_rows - warp);
+    }
+  }
+
+  // This lane's words of one tap, of `left` channels from the warp's first.
+  template <bool kStraddles>
+  __device__ static void put(const unsigned (&staged)[kEach][2], int distance, unsigned char* even, unsigned char* odd,
+                             int left) {
+    int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      unsigned word = lane < distance ? staged[i][1] : staged[i][0];
+      if constexpr (kStraddles)
+        word = word >> 16 | __shfl_sync(kFullMask, lane <= distance ? staged[i][1] : staged[i][0], lane + 1) << 16;
+      unsigned char* to = (i * kWarps & 4 ? odd : even) + i * kWarps * kSwizzledRow;
+      if (i * kWarps < left) *reinterpret_cast<unsigned*>(to) = word;
+    }
+  }
+};
+
+constexpr int kLine = 128;  // bytes of the L2 cache
+
+// Requests a row of the image, for the strip, one channel of a tile for each index: at three pixels, between which
+// there is no other line unless the stride is large.
+template <class T, int kPixels>
+__device__ inline void prefetch_channel(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip,
+                                        int index) {
+  if (index >= rows.channels) return;
+  int displacement = rows.displacement(0, image_row);
+  const T* start = rows.channel_at(0, index, image_row);
+#pragma unroll 1
+  for (int pixel = 0; pixel < kPixels; pixel += pixel == 0 ? kPixels / 2 : kPixels / 2 - 1)
+    if (rows.exists(strip.column[pixel] + displacement)) prefetch_line(start + strip.offset[pixel]);
+}
+
+// The same, one pixel of the strip for each index, where channels are neighbours.
+template <class T, int kPixels>
+__device__ inline void prefetch_pixel(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip,
+                                      int index) {
+  if (index >= kPixels || !rows.exists(strip.column[index] + rows.displacement(0, image_row))) return;
+  const T* start = rows.channel_at(0, 0, image_row) + strip.offset[index];
+  for (int channel = 0; channel < rows.channels; channel += kLine / int(sizeof(T))) prefetch_line(start + channel);
+}
+
+struct AlongPixels {
+  template <class T, int kRows, int kWarps>
+  using Input = PixelRows<T, kRows, kWarps>;
+  template <class T, int kRows, int kWarps>
+  using GradOutput = PixelRows<T, kRows, kWarps>;
+  template <class T, int kPixels>
+  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
+    prefetch_channel(rows, image_row, strip, index);
+  }
+};
+struct AlongChannels {
+  template <class T, int kRows, int kWarps>
+  using Input = ChannelRows<T, kRows, kWarps>;
+  template <class T, int kRows, int kWarps>
+  using GradOutput = ChannelRows<T, kRows, kWarps>;
+  template <class T, int kPixels>
+  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
+    prefetch_pixel(rows, image_row, strip, index);
+  }
+};
+struct AlongWindows {
+  template <class T, int kRows, int kWarps>
+  using Input = WordRows<T, kRows, kWarps>;
+  template <class T, int kRows, int kWarps>
+  using GradOutput = WindowRows<T, kRows, kWarps>;
+  template <class T, int kPixels>
+  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
+    prefetch_channel(rows, image_row, strip, index);
+  }
+};
+
+}  // namespace rawkern

@@ -1,0 +1,15 @@
+// A value that the compiler must take as it comes: what is computed from opaque(value) in a loop is computed in every
+// round, and not once before the loop, from where it would take registers through all of it.
+#pragma once
+#include "platform.cuh"
+
+namespace rawkern {
+
+__device__ inline int opaque(int value) {
+#if RAWKERN_GPU
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+}  // namespace rawkern

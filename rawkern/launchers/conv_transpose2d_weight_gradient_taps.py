@@ -1,0 +1,332 @@
+"""The weight gradient on tensor cores: plan, kernels and launch of cuda/conv_transpose2d/weight_gradient_taps.cu."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import runtime
+from ..runtime import Kernel, bfloat16, cpp_type, element_strides, pointer
+
+_PARAMS = runtime.params(
+    ("input", "u8"),
+    ("grad_output", "u8"),
+    ("partial", "u8"),
+    ("in_strides", "i8", 4),
+    ("out_strides", "i8", 4),
+    ("row_pixels", "i8"),
+    ("slices", "i8"),
+    ("units", "i8"),
+    ("slice_units", "i8"),
+    ("in_size", "i4", 2),
+    ("out_size", "i4", 2),
+    ("kernel", "i4", 2),
+    ("stride", "i4", 2),
+    ("padding", "i4", 2),
+    ("dilation", "i4", 2),
+    ("groups", "i4"),
+    ("rows", "i4"),
+    ("columns", "i4"),
+    ("tap_step", "i4"),
+    ("row_step", "i4"),
+    ("classes", "i4"),
+    ("chunks", "i4"),
+    ("chunk_rows", "i4"),
+    ("row_tiles", "i4"),
+    ("column_tiles", "i4"),
+    ("tap_tiles", "i4", 2),
+    ("tile_taps", "i4"),
+    ("tile_channels", "i4"),
+    ("inverse", "i4"),
+)
+
+#: The element types that tensor cores multiply.
+DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
+
+#: Longest sum of products that one block forms before partial sums are combined in double, in pixels.
+SLICE_PIXELS = 16384
+#: Memory that the partial sums may take, in bytes; larger weights get fewer, longer slices.
+_PARTIAL_BYTES = 1 << 28
+#: A slice of fewer steps than this is mostly beginning and end.
+_SLICE_STEPS = 16
+#: Chunks of the rows of an image that are tried.
+_MOST_CHUNKS = 32
+#: Rows of channels that a warpgroup multiplies; bytes of a staged row.
+_ROWS, _ROW_BYTES = 64, 128
+#: Pixels that the last tap of a window may lie beyond the first: a window has 64 words.
+_WINDOW = 32
+#: What one multiprocessor of an H200 does in a clock: words of depth times products; bytes between registers, L1 and
+#: shared memory; bytes from the L2 cache.
+_PRODUCTS, _SHARED_BYTES, _L2_BYTES = 1024, 128, 27
+
+
+@dataclass(frozen=True)
+class Block:
+    """One shape of a block: see WeightGradientTaps.
+
+    Attributes:
+        warpgroups, columns, spread: kWarpgroups, kColumns, kSpread.
+        asynchronous: wgmma (sm_90a) instead of mma.sync.
+    """
+
+    warpgroups: int
+    columns: int
+    spread: int
+    asynchronous: bool
+
+    @property
+    def taps(self):
+        return self.warpgroups // self.spread
+
+    @property
+    def rows(self):
+        return _ROWS * self.spread
+
+    @property
+    def threads(self):
+        return 128 * self.warpgroups
+
+    @property
+    def resident(self):
+        """Blocks that are on a multiprocessor at a time, as their registers allow."""
+        return 2 if self.threads * (self.columns // 2 + 70) <= 32768 else 1
+
+    def shared_bytes(self, pixels):
+        stages = 3 if self.asynchronous else 2
+        tiles = stages * self.columns + (self.taps + stages - 1) * self.rows
+        strips, rows = 2 * 2 * pixels * 12, 2 * 80
+        return -(-(tiles * _ROW_BYTES + strips + rows) // 1024) * 1024
+
+
+#: Warpgroups, columns, spread: three row taps of kernels of width 3, or of any width; two of even widths; and where
+#: there is one row tap, two tiles of input channels.
+_SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64, 1), (2, 256, 2), (2, 128, 2))
+#: How threads share out what is staged; see weight_gradient_staging.cuh.
+PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
+
+
+@functools.cache
+def blocks(itemsize, asynchronous, share):
+    """The blocks there are: those whose values fit into registers and shared memory."""
+    too_large = set()
+    if not asynchronous:
+        too_large |= {(3, 192, 1), (2, 256, 2)}
+    if share == PIXELS and itemsize == 2:
+        too_large |= {(3, 192, 1), (2, 256, 2)}
+    if share == WINDOWS:
+        too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
+    return tuple(Block(*shape, asynchronous) for shape in _SHAPES if shape not in too_large)
+
+
+@dataclass(frozen=True)
+class TapsPlan:
+    """How weight_gradient_taps.cu computes a geometry's weight gradient."""
+
+    block: Block
+    tile_taps: int
+    tile_channels: int
+    tap_step: int
+    row_step: int
+    tap_tiles: tuple
+    row_tiles: int
+    column_tiles: int
+    classes: int
+    chunks: int
+    chunk_rows: int
+    units: int
+    slice_units: int
+    slices: int
+
+    @property
+    def tiles(self):
+        """Blocks of one slice and group."""
+        return math.prod(self.tap_tiles) * self.row_tiles * self.column_tiles
+
+
+def serves(geometry, dtype, precision):
+    """Whether this is the kernel for a geometry: tensor cores are asked for and channels enough to fill them."""
+    per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+    tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and precision == "tf32")
+    return tensor_core and min(per_group) >= 16 and geometry.batch > 0
+
+
+def share_of(geometry, input, grad_output):
+    """What is neighbours in the memory of both arrays, and so how a tile is staged."""
+    strides = element_strides(input), element_strides(grad_output)
+    arrays = tuple(zip((input, grad_output), strides, strict=True))
+    if all(step[1] == 1 and _whole_words(array, step, 1) for array, step in arrays):
+        return CHANNELS
+    pixels = _ROW_BYTES // input.itemsize
+    whole_words = input.itemsize == 4 or geometry.output_size[1] % 2 == 0
+    whole_strips = whole_words and geometry.input_size[1] % pixels == 0
+    reach = geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW
+    if reach and whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays):
+        return WINDOWS
+    return PIXELS
+
+
+def _whole_words(array, strides, axis):
+    """Whether elements 2 i and 2 i + 1 along this axis, where they are neighbours, lie in one aligned word of 4 bytes.
+
+    Always true of 32-bit elements.
+    """
+    others = [stride for i, stride in enumerate(strides) if i != axis]
+    even = (array.shape[axis], pointer(array) // array.itemsize, *others)
+    return array.itemsize == 4 or all(number % 2 == 0 for number in even)
+
+
+@functools.lru_cache(maxsize=4096)
+def taps_plan(geometry, itemsize, asynchronous, share, multiprocessors):
+    """The plan for a geometry and 16- or 32-bit elements; `asynchronous`: the device knows wgmma."""
+    candidates = [
+        (block, taps) for block in blocks(itemsize, asynchronous, share) for taps in _tile_taps(geometry, block, share)
+    ]
+    block, tile_taps = min(candidates, key=lambda candidate: _cost(geometry, *candidate))
+    return _sliced(geometry, block, tile_taps, _ROW_BYTES // itemsize, multiprocessors)
+
+
+def _tile_taps(geometry, block, share):
+    """The numbers of column taps that a tile can have."""
+    for taps in range(1, min(geometry.kernel[1], block.columns // 16) + 1):
+        channels = block.columns // taps
+        if block.columns % (16 * taps) or channels % (block.columns // (4 * block.warpgroups)):
+            continue  # a warp's rows must be of one tap
+        if share == WINDOWS and not (taps > 1 and (taps - 1) * geometry.dilation[1] <= _WINDOW):
+            continue
+        yield taps
+
+
+def _tiling(geometry, block, tile_taps):
+    """(steps between the row taps of a block, tiles of row taps, of column taps, of input and output channels)."""
+    step = geometry.stride[0] // math.gcd(geometry.stride[0], geometry.dilation[0])
+    classes = min(step, geometry.kernel[0])
+    in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+    return (
+        step,
+        classes * -(-geometry.kernel[0] // (step * block.taps)),
+        -(-geometry.kernel[1] // tile_taps),
+        -(-in_channels // block.rows),
+        -(-out_channels // (block.columns // tile_taps)),
+    )
+
+
+def _cost(geometry, block, tile_taps):
+    """Clocks of a multiprocessor for one step of all blocks of a slice.
+
+    The tensor cores, shared memory or the L2 cache sets the pace; a warpgroup without a tap costs nothing.
+    """
+    _, tap_tiles_h, tap_tiles_w, row_tiles, column_tiles = _tiling(geometry, block, tile_taps)
+    tiles = tap_tiles_h * tap_tiles_w * row_tiles * column_tiles
+    used = geometry.kernel[0] * tap_tiles_w * row_tiles * block.spread * column_tiles  # products of warpgroups
+    products = used * _ROWS * block.columns * 32 / _PRODUCTS
+    read = used * (_ROWS + block.columns) + 2 * tiles * (block.rows + block.columns)
+    distinct = block.columns // tile_taps * min(geometry.stride[1], 8) + block.rows
+    return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + tiles * 100
+
+
+def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
+    """The plan with the slices that take least time: enough to fill the device and to keep sums short.
+
+    Time is counted in steps of the busiest multiprocessor. Partial sums stay within the memory for them, if need be at
+    the price of longer sums.
+    """
+    tap_step, *tap_tiles, row_tiles, column_tiles = _tiling(geometry, block, tile_taps)
+    row_step = geometry.dilation[0] // math.gcd(geometry.stride[0], geometry.dilation[0])
+    height, width = geometry.input_size
+    strips, classes, class_rows = -(-geometry.batch * width // pixels), min(row_step, height), -(-height // row_step)
+    tiles = math.prod(tap_tiles) * row_tiles * column_tiles * geometry.groups
+    capacity = multiprocessors * block.resident
+    affordable = max(1, _PARTIAL_BYTES // (4 * math.prod(geometry.weight_shape)))
+    longest = max(1, strips * height // _SLICE_STEPS)
+    first_rounds = -(-min(-(-strips * height * pixels // SLICE_PIXELS), affordable) * tiles // capacity)
+
+    def choices():
+        for wanted_chunks in range(1, max(1, min(class_rows // (4 * block.taps), _MOST_CHUNKS)) + 1):
+            chunk_rows = -(-class_rows // wanted_chunks)
+            units = strips * classes * -(-class_rows // chunk_rows)
+            for rounds in range(first_rounds, first_rounds + 4):
+                wanted = max(1, min(rounds * capacity // tiles, affordable, longest))
+                slice_units = -(-units // wanted)
+                slices = -(-units // slice_units)
+                too_long = slice_units * chunk_rows * pixels > SLICE_PIXELS and slices < min(affordable, longest)
+                steps = slice_units * (chunk_rows + block.taps - 1) + _SLICE_STEPS // 2
+                yield too_long, -(-slices * tiles // capacity) * steps, slices, chunk_rows, slice_units, units
+
+    *_, slices, chunk_rows, slice_units, units = min(choices())
+    return TapsPlan(
+        block=block,
+        tile_taps=tile_taps,
+        tile_channels=block.columns // tile_taps,
+        tap_step=tap_step,
+        row_step=row_step,
+        tap_tiles=tuple(tap_tiles),
+        row_tiles=row_tiles,
+        column_tiles=column_tiles,
+        classes=classes,
+        chunks=-(-class_rows // chunk_rows),
+        chunk_rows=chunk_rows,
+        units=units,
+        slice_units=slice_units,
+        slices=slices,
+    )
+
+
+def launch(queue, input, grad_output, geometry, plan, share, partial):
+    """Writes the partial sums (slices, weights) of float32 that `plan` says."""
+    strides = element_strides(input), element_strides(grad_output)
+    _kernel(input.dtype, plan.block, share).launch(
+        queue,
+        plan.tiles * geometry.groups * plan.slices,
+        input=pointer(input),
+        grad_output=pointer(grad_output),
+        partial=pointer(partial),
+        in_strides=strides[0],
+        out_strides=strides[1],
+        row_pixels=geometry.batch * geometry.input_size[1],
+        slices=plan.slices,
+        units=plan.units,
+        slice_units=plan.slice_units,
+        in_size=geometry.input_size,
+        out_size=geometry.output_size,
+        kernel=geometry.kernel,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        rows=geometry.in_channels // geometry.groups,
+        columns=geometry.out_channels // geometry.groups,
+        tap_step=plan.tap_step,
+        row_step=plan.row_step,
+        classes=plan.classes,
+        chunks=plan.chunks,
+        chunk_rows=plan.chunk_rows,
+        row_tiles=plan.row_tiles,
+        column_tiles=plan.column_tiles,
+        tap_tiles=plan.tap_tiles,
+        tile_taps=plan.tile_taps,
+        tile_channels=plan.tile_channels,
+        inverse=-(-256 * 16 // plan.tile_channels),
+    )
+
+
+@functools.cache
+def _kernel(dtype, block, share):
+    products = f"{'Warpgroup' if block.asynchronous else 'Warp'}Products<{cpp_type(dtype)}, {block.columns}>"
+    return Kernel(
+        "conv_transpose2d_weight_gradient_taps",
+        "conv_transpose2d/weight_gradient_taps.cu",
+        f"WeightGradientTaps<{products}, {block.warpgroups}, {block.spread}, {share}>",
+        block.threads,
+        _PARAMS,
+        shared_bytes=block.shared_bytes(_ROW_BYTES // dtype.itemsize),
+    )
+
+
+def kernels():
+    """Every instantiation, for the tests that compile them all."""
+    for dtype, asynchronous in itertools.product(DTYPES, (False, True)):
+        for share in (PIXELS, CHANNELS, WINDOWS):
+            for block in blocks(dtype.itemsize, asynchronous, share):
+                yield _kernel(dtype, block, share)

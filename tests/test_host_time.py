@@ -1,0 +1,55 @@
+"""What a call costs on the host, counted in calls of functions, which no other load on the machine changes.
+
+A repeated call makes around a hundred, most of them PyTorch's own; one that decides anew makes thousands.
+"""
+
+import sys
+
+import pytest
+import torch
+from public_ops import OPS
+
+from rawkern.autograd.operator import forget_plans
+
+#: Calls of functions in Python and in C, with a small reserve.
+WITHOUT_GRADIENT, WITH_GRADIENT = 150, 170
+
+
+def calls_in(function):
+    """How many functions, in Python and in C, `function` calls in this thread."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_calls(name, device):
+    op = OPS[name]
+    for requires_grad, budget in ((False, WITHOUT_GRADIENT), (True, WITH_GRADIENT)):
+        tensors = op.inputs(torch.float32, device, requires_grad=requires_grad)
+        forget_plans()
+        deciding = calls_in(lambda tensors=tensors: op.ours(*tensors))
+        repeating = calls_in(lambda tensors=tensors: op.ours(*tensors))
+        assert repeating <= budget and repeating < deciding / 3, (repeating, deciding)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_calls_of_backward(name):
+    """On a CPU backward passes run in the thread that asks for them."""
+    op = OPS[name]
+    tensors = op.inputs(torch.float32, requires_grad=True)
+    counts = []
+    for _ in range(2):
+        output = op.ours(*tensors)
+        grad = torch.ones_like(output)
+        counts.append(calls_in(lambda output=output, grad=grad: torch.autograd.grad(output, tensors, grad)))
+    assert counts[1] < counts[0] / 3, counts
