@@ -20,7 +20,7 @@ _FUNCTIONS = (
 )
 _MODULES = ("epilogue", "launchers", "nn", "runtime", "testing")
 
-__all__ = [*_FUNCTIONS, *_MODULES]
+__all__ = [*_FUNCTIONS, *_MODULES, "fuse"]
 
 
 def __getattr__(name):
@@ -28,6 +28,8 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f"rawkern.autograd.{name}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"rawkern.{name}")
+    elif name == "fuse":
+        value = importlib.import_module("rawkern.fusion").fuse
     else:
         raise AttributeError(f"module 'rawkern' has no attribute {name!r}")
     globals()[name] = value
