@@ -364,7 +364,7 @@ struct WarpgroupStoreWithMoments {
 template <class T>
 struct WarpgroupChannelMin {
   static constexpr bool kAllRows = true;
-  static constexpr int kRawDepth = 1;  // shared memory has no room for more
+  static constexpr int kRawDepth = 2;  // shared memory has no room for more
   struct Params {
     float* values;
     int* index;

@@ -5,6 +5,7 @@ A plan says which instantiation computes a geometry and how its tiles lie; it is
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,13 @@ from ..runtime import Kernel, bfloat16, cpp_type
 from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 
-_MAX_STEPS, _MAX_PHASES, _MAX_STAGES = 256, 64, 8
-_THREADS, _CONSUMERS, _CONSUMER_WARPS = 384, 2, 8
+_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES = 256, 64, 8, 12
+_THREADS, _CONSUMERS, _CONSUMER_WARPS, _STAGERS = 384, 2, 8, 3
 _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
-_WEIGHT_STAGES = 4
+_WEIGHT_STAGES = 4  # at least
+_WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
+_RAW_DEPTH, _RAW_DEPTH_CHANNEL_MIN = 4, 2  # batches under way per stager warp
 _RAW_BYTES = 3 * (32 * _ROW_BYTES + 64)  # of the stagers' buffers, for each in turn
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 512
@@ -29,7 +32,7 @@ PARAMS = runtime.params(
     ("weight", "u8"),
     ("in_strides", "i8", 4),
     ("out_strides", "i8", 4),
-    ("tiles", "i8"),
+    ("tiles", "i4"),
     ("batch", "i4"),
     ("groups", "i4"),
     ("depth", "i4"),
@@ -45,15 +48,16 @@ PARAMS = runtime.params(
     ("tile_columns", "i4"),
     ("column_tiles", "i4"),
     ("staged_rows", "i4"),
-    ("staged_columns", "i4"),
     ("pitch", "i4"),
     ("stage_pixels", "i4"),
     ("stages", "i4"),
+    ("weight_stages", "i4"),
     ("slabs", "i4"),
     ("last_slices", "i4"),
     ("units", "i4"),
     ("passes", "i4"),
     ("channels_last", "i4"),
+    ("vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
     ("offset", "i2", (_MAX_STEPS,)),
@@ -84,16 +88,16 @@ class Shape:
     phases: int
     pixels: int
 
-    def stage_bytes(self, channel_min):
-        """Shared memory left for staged input, in whole swizzle patterns."""
+    def pool_bytes(self, channel_min):
+        """Shared memory left for staged input and weights, in whole swizzle patterns."""
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
             ending += (_CONSUMER_WARPS + _CONSUMERS) * self.phases * self.pixels * 8
-        raw = _RAW_BYTES * (1 if channel_min else 4)
-        return (_SHARED_BYTES - _WEIGHT_STAGES * _ROWS * _ROW_BYTES - raw - ending - _BARRIER_BYTES) // 1024 * 1024
+        raw = _RAW_BYTES * (_RAW_DEPTH_CHANNEL_MIN if channel_min else _RAW_DEPTH)
+        return (_SHARED_BYTES - raw - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
-        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.stage_bytes(channel_min)}"
+        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
 
 
 #: What there is. Neighbouring phases are computed together, so that rows of the output are stored whole; few pixels
@@ -104,7 +108,7 @@ SHAPES = (Shape(1, 256), Shape(2, 128), Shape(4, 64), Shape(1, 64))
 @dataclass(frozen=True)
 class Axis:
     """One axis of the gather. Output `step * u + phase` sums over the phase's taps (tap, plane, shift): input
-    `in_step * (u + shift) + plane + origin`."""
+    `in_step * (u + shift) + plane + origin`, where the origin is a multiple of `align`."""
 
     in_size: int
     out_size: int
@@ -117,7 +121,7 @@ class Axis:
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
-    def of(cls, in_size, out_size, kernel, stride, padding, dilation, transposed):
+    def of(cls, in_size, out_size, kernel, stride, padding, dilation, transposed, align):
         if transposed:
             phases = [
                 [(k, (r + padding - k * dilation) // stride) for k in range(kernel)
@@ -128,8 +132,7 @@ class Axis:
         else:
             phases, step, in_step = [[(k, k * dilation - padding) for k in range(kernel)]], 1, stride
         reached = [position for phase in phases for _, position in phase]
-        # Even, so that pixels can be copied in pairs.
-        origin = min(reached, default=0) // 2 * 2
+        origin = min(reached, default=0) // align * align
         return cls(
             in_size=in_size,
             out_size=out_size,
@@ -185,20 +188,25 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
     if not transposed:
         depth, rows = rows, depth
         sizes = [size[::-1] for size in sizes]
-    axes = tuple(
-        Axis.of(*size, kernel, stride, padding, dilation, transposed)
-        for size, kernel, stride, padding, dilation in zip(
-            sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-        )
-    )
-    steps = sum(len(phase) for phase in axes[0].taps) * sum(len(phase) for phase in axes[1].taps)
-    if steps > _MAX_STEPS or len(axes[0].taps) * len(axes[1].taps) > _MAX_PHASES:
+    height, width = zip(sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    rows_axis = Axis.of(*height[0], *height[1:], transposed, 1)
+    works = []
+    for align in _alignments(dtype):
+        if width[0][0] % align == 0:  # rows of other lengths are not aligned
+            axes = rows_axis, Axis.of(*width[0], *width[1:], transposed, align)
+            works.append(_Work(geometry, dtype, depth, rows, axes, align, multiprocessors, channel_min, per_image))
+    if works[0].steps > _MAX_STEPS or works[0].phases > _MAX_PHASES:
         return None
-    work = _Work(geometry, dtype, depth, rows, axes, steps, multiprocessors, channel_min, per_image)
-    candidates = [tile for shape in SHAPES for tile in work.tiles_of(shape)]
+    candidates = [(tile.cost, work, tile) for work in works for shape in SHAPES for tile in work.tiles_of(shape)]
     if not candidates:
         return None
-    return work.plan(min(candidates, key=lambda tile: tile.cost), transposed)
+    _, work, tile = min(candidates, key=lambda candidate: candidate[0])
+    return work.plan(tile, transposed)
+
+
+def _alignments(dtype):
+    """Multiples of pixels at which tiles may begin: of as many as one copy of at most 16 bytes brings."""
+    return [2**i for i in range((16 // dtype.itemsize).bit_length())]
 
 
 def is_faster(plan, other, device):
@@ -218,6 +226,7 @@ class _Tile:
     stack: int
     stage_pixels: int
     stages: int
+    weight_stages: int
     cost: float
 
 
@@ -230,10 +239,20 @@ class _Work:
     depth: int
     rows: int
     axes: tuple
-    steps: int
+    align: int  # of the columns at which tiles begin
     multiprocessors: int
     channel_min: bool
     per_image: bool
+
+    @property
+    def steps(self):
+        height, width = self.axes
+        return sum(len(phase) for phase in height.taps) * sum(len(phase) for phase in width.taps)
+
+    @property
+    def phases(self):
+        height, width = self.axes
+        return len(height.taps) * len(width.taps)
 
     @property
     def slab(self):
@@ -251,23 +270,25 @@ class _Work:
     def tiles_of(self, shape):
         """The tiles that fit for an instantiation, with their costs."""
         height, width = self.axes
-        if len(width.taps) % shape.phases or width.halo + 1 > shape.pixels:
+        if len(width.taps) % shape.phases:
             return
-        for pitch in range(8, min(shape.pixels, _round_up(width.base + width.halo, 8)) + 1, 8):
-            widest = min(pitch - width.halo, width.base)
-            if widest < 1:
+        multiple = self.align // math.gcd(self.align, width.in_step)
+        for pitch in range(8, _round_up(min(shape.pixels, width.base) + width.halo, 8) + 1, 8):
+            columns = min(pitch - width.halo, shape.pixels, width.base)
+            if columns < width.base:
+                columns = columns // multiple * multiple
+            if columns < 1:
                 continue
-            even = -(-width.base // -(-width.base // widest))  # all tiles about as wide
-            # Tiles of an even width begin where pairs of pixels do.
-            for columns in {even, even + 1, even - 1} if even < width.base else {even}:
-                if columns < 1 or _round_up(columns + width.halo, 8) != pitch:
-                    continue  # the same tile comes with another pitch
-                column_tiles = -(-width.base // columns)
-                most = (shape.pixels - columns) // pitch + 1
-                for rows in {min(most, height.base), most, max(1, most // 2), 1}:
-                    tile = self._tile(shape, rows, columns, pitch, column_tiles)
-                    if tile:
-                        yield tile
+            column_tiles = -(-width.base // columns)
+            if column_tiles > 1:  # all tiles about as wide
+                columns = _round_up(-(-width.base // column_tiles), multiple)
+            if _round_up(columns + width.halo, 8) != pitch:
+                continue  # the same tile comes with another pitch
+            most = (shape.pixels - columns) // pitch + 1
+            for rows in {min(most, height.base), most, max(1, most // 2), 1}:
+                tile = self._tile(shape, rows, columns, pitch, column_tiles)
+                if tile:
+                    yield tile
 
     def _tile(self, shape, rows, columns, pitch, column_tiles):
         height, width = self.axes
@@ -275,8 +296,8 @@ class _Work:
         planes, staged_rows = height.in_step * width.in_step, rows + height.halo
         # The last columns of a job may reach beyond the stage; they are dropped, whatever is there.
         stage_pixels = _round_up(planes * staged_rows * pitch, 8)
-        stages = min(_MAX_STAGES, shape.stage_bytes(self.channel_min) // (stage_pixels * _ROW_BYTES))
-        if stages < 2 or stage_pixels > 32767:
+        rings = self._rings(shape, stage_pixels * _ROW_BYTES)
+        if rings is None or stage_pixels > 32767:
             return None
         stack = height.base + height.halo
         if self.per_image:
@@ -284,15 +305,30 @@ class _Work:
             row_tiles = batch * stack // rows
         else:
             row_tiles = -(-((batch - 1) * stack + height.base) // rows)
-        if batch * stack + rows >= 2**31:
+        if batch * stack + rows >= 2**31 or row_tiles * column_tiles * self.geometry.groups >= 2**30:
             return None
-        tile = dict(rows=rows, columns=columns, pitch=pitch, column_tiles=column_tiles, row_tiles=row_tiles)
-        tile.update(stack=stack, stage_pixels=stage_pixels, stages=stages)
-        return _Tile(
-            shape,
-            **tile,
-            cost=self._cost(shape, row_tiles * column_tiles, staged_rows * planes * pitch, stages, columns),
-        )
+        row_bytes = (columns + width.halo) * width.in_step * self.dtype.itemsize
+        cost = self._cost(shape, row_tiles * column_tiles, staged_rows * planes * pitch, row_bytes, *rings)
+        return _Tile(shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels, *rings, cost)
+
+    def _rings(self, shape, stage_bytes):
+        """How many buffers the rings of staged input and of weights have; None if a tile does not fit.
+
+        First the stages that keep every slab of both consumers' tiles where it is for all of their jobs, or as many as
+        three slabs; then weights, until their latency is hidden; then what is left.
+        """
+        pool = shape.pool_bytes(self.channel_min)
+        most = min(_MAX_STAGES, (pool - _WEIGHT_STAGES * _WEIGHT_BYTES) // stage_bytes)
+        if most < 2:
+            return None
+        wanted = _CONSUMERS * self.slabs if self._jobs(shape) > 1 and self.groups_per_tile == 1 else 3
+        weight_stages = min(8, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
+        stages = min(_MAX_STAGES, (pool - weight_stages * _WEIGHT_BYTES) // stage_bytes)
+        return stages, min(_MAX_WEIGHT_STAGES, (pool - stages * stage_bytes) // _WEIGHT_BYTES)
+
+    def _jobs(self, shape):
+        """Of a tile."""
+        return self.phases // shape.phases * self.units * self.groups_per_tile
 
     @property
     def units(self):
@@ -303,29 +339,35 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, pixel_tiles, staged_pixels, stages, columns):
+    def _cost(self, shape, pixel_tiles, staged_pixels, row_bytes, stages, weight_stages):
         """Cycles of a multiprocessor, roughly: what weighs is how the choices compare.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth. Measured on an H200: the stagers
-        bring some 5.5 bytes a cycle, fewer where pixels do not come in pairs; the weights' stream 15; an epilogue takes
-        some twelve cycles per column, more where neighbours in memory are computed apart, and two consumers share it.
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth. A stager warp takes some hundred
+        cycles for each batch of 32 pixels (read off the machine code, see cuda/README.md), one more for each slab and
+        each copy; memory brings 20 bytes a cycle, in whole sectors of 32. A copy of weights takes some 1100 cycles, and
+        the L2 cache delivers 24 bytes a cycle. An epilogue takes some twelve cycles per column, more where neighbours
+        in memory are computed apart, and two consumers share it.
         """
-        width = self.axes[1]
-        phases = len(self.axes[0].taps) * len(width.taps)
-        jobs = phases // shape.phases * self.units * self.groups_per_tile
+        jobs = self._jobs(shape)
+        units = self.units * self.groups_per_tile
         slices = (self.slabs - 1) * 4 + self.last_slices
-        multiply = self.steps * slices * shape.pixels / 2 * self.units * self.groups_per_tile + 100 * jobs
+        multiply = self.steps * slices * shape.pixels / 2 * units + 100 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
-        pairs = width.in_size % 2 == 0 and (columns >= width.base or columns * width.in_step % 2 == 0)
-        alone = 1.0 if pairs else 1.2 if self.dtype.itemsize == 4 else 4.5
-        short_rows = 1 + 24 / ((columns + width.halo) * width.in_step * self.dtype.itemsize)
-        staging = staged_pixels * stagings * slices * 32 / 5.5 * alone * short_rows
-        weights = self.steps * _ROWS * self.units * self.groups_per_tile * self.slabs * _ROW_BYTES / 15
-        apart = shape.phases < min(4, len(width.taps)) and not self.channel_min
+        batches = -(-staged_pixels // (_STAGERS * 32))
+        staging = stagings * self.slabs * (batches * self._batch_cycles() + 200)
+        staging = max(staging, stagings * staged_pixels * slices * 32 / 20 * (1 + 24 / row_bytes))
+        weights = self.steps * units * self.slabs * _WEIGHT_BYTES / min(24, (weight_stages - 2) * _WEIGHT_BYTES / 1100)
+        apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
         epilogue = jobs * (shape.phases * shape.pixels * (60 if apart else 12) + 1000)
         tile = max(multiply, staging, weights, (multiply + epilogue) / 2)
         tiles = pixel_tiles * self.geometry.groups // self.groups_per_tile
         return -(-tiles // self.multiprocessors) * tile
+
+    def _batch_cycles(self):
+        """Of a stager warp, for 32 pixels of a slab."""
+        if self.align * self.dtype.itemsize < 4:  # synchronous loads
+            return 3000
+        return 350 + 4 * self.slab // self.align
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -359,10 +401,10 @@ class _Work:
             tile_columns=tile.columns,
             column_tiles=tile.column_tiles,
             staged_rows=staged_rows,
-            staged_columns=tile.columns + width.halo,
             pitch=tile.pitch,
             stage_pixels=tile.stage_pixels,
             stages=tile.stages,
+            weight_stages=tile.weight_stages,
             slabs=self.slabs,
             last_slices=self.last_slices,
             units=self.units,
@@ -472,6 +514,7 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         out_strides=out_strides,
         tiles=plan.tiles,
         channels_last=_channels_last(plan, gathered, strides),
+        vector=_vector(plan, gathered, strides),
     )
     kernel.launch(
         queue,
@@ -486,6 +529,19 @@ def _channels_last(plan, array, strides):
     unit = 16 // array.itemsize
     aligned = runtime.pointer(array) % 16 == 0 and plan.fields["depth"] % unit == 0
     return strides[1] == 1 and aligned and all(stride % unit == 0 for stride in (strides[0], *strides[2:]))
+
+
+def _vector(plan, array, strides):
+    """Pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either all inside
+    the image or all outside."""
+    if strides[3] != 1:
+        return 1
+    fields = plan.fields
+    bits = strides[0] | strides[1] | strides[2] | fields["in_size"][1] | fields["in_origin"][1]
+    bits |= runtime.pointer(array) // array.itemsize | 16 // array.itemsize
+    if fields["column_tiles"] > 1:
+        bits |= fields["tile_columns"] * fields["in_step"][1]
+    return bits & -bits
 
 
 def _pack(queue, plan, weight):

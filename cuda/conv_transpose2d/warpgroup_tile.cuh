@@ -1,0 +1,99 @@
+// What the roles of a warpgroup kernel (warpgroup_gather.cuh) agree on: its parameters, where a tile lies, rings of
+// buffers.
+#pragma once
+#include "mma.cuh"
+
+namespace rawkern {
+
+constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12;
+
+struct WarpgroupParams {
+  const void* input;
+  const void* weight;   // packed (warpgroup_pack_weight.cu)
+  int64 in_strides[4];  // n, c, h, w, in elements
+  int64 out_strides[4];
+  int tiles;  // less than 2^30
+  int batch, groups;
+  int depth, rows;                           // input and output channels of a group
+  int in_size[2], in_step[2], in_origin[2];  // plane a of staged row r holds the input's row step * r + a + origin
+  int out_size[2], out_step[2], base_size[2];
+  int stack, tile_rows, tile_columns, column_tiles;
+  int staged_rows, pitch, stage_pixels;
+  int stages, weight_stages;  // of the two rings
+  int slabs, last_slices;     // slices: of 32 bytes of channels, that the last slab has
+  int units;                  // of a group, each 64 output channels
+  int passes;
+  int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
+  int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8
+  short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
+  short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
+  short offset[kMaxSteps];           // of each step, the pixels by which its tap is displaced in the tile
+};
+
+template <class T>
+struct OperandOf {
+  using type = T;
+};
+template <>
+struct OperandOf<float> {
+  using type = Tf32;
+};
+
+// Division of small numbers (below 2^20) by the same divisor: a multiplication. (n + 1/2) / d is at least 1 / 2d away
+// from a whole number, and the rounding error is smaller than that.
+struct Divisor {
+  int divisor;
+  float inverse;
+  __device__ explicit Divisor(int divisor) : divisor(divisor), inverse(1.0f / float(divisor)) {}
+  __device__ int divide(int n, int& remainder) const {
+    int quotient = int((float(n) + 0.5f) * inverse);
+    remainder = n - quotient * divisor;
+    return quotient;
+  }
+};
+
+// A place in a ring of buffers, and the parity of its current round.
+struct Ring {
+  int slot = 0;
+  unsigned parity = 0;
+  __device__ void advance(int size) {
+    ++slot;
+    if (slot == size) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ void skip(int count, int size) {
+    for (slot += count; slot >= size; slot -= size) parity ^= 1;
+  }
+};
+
+// A tile: where it begins in the stack of images, and its group.
+struct TilePlace {
+  int group, image, row, column;  // `row` of image `image`, counted in base pixels; `column` likewise
+  int row_tile, column_tile;
+
+  __device__ TilePlace(const WarpgroupParams& p, int tile, int groups) {
+    unsigned row_and_column = unsigned(tile) / groups;
+    group = tile - row_and_column * groups;
+    row_tile = row_and_column / unsigned(p.column_tiles);
+    column_tile = row_and_column - row_tile * p.column_tiles;
+    unsigned first_row = row_tile * p.tile_rows;
+    image = first_row / unsigned(p.stack);
+    row = first_row - image * p.stack;
+    column = column_tile * p.tile_columns;
+  }
+
+  // The image and row (which may lie beyond the last) of a row of the tile.
+  __device__ void locate(const WarpgroupParams& p, int row_of_tile, int& at_image, int& at_row) const {
+    at_image = image;
+    at_row = row + row_of_tile;
+    if (at_row >= p.stack) {
+      int images = at_row / p.stack;
+      at_image += images;
+      at_row -= images * p.stack;
+    }
+  }
+};
+
+}  // namespace rawkern
