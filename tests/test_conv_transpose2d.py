@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rawkern
-from rawkern import launchers
+from rawkern import launchers, runtime
 from rawkern.autograd.conv_transpose2d import INPUT_GRADIENT, convolution_of
 from rawkern.epilogue import ELU, GELU, Add, Clamp, Minimum, Mul, Sigmoid, SiLU, Tanh
 from rawkern.launchers import conv_transpose2d_direct as direct
@@ -127,6 +127,11 @@ LARGER = {
     "stride 5": problem(2, (18, 20), (5, 7), (3, 6), stride=(4, 5), padding=1),
     "dilated": problem(2, (17, 19), (12, 15), (3, 3), stride=(2, 1), padding=3, dilation=(3, 4)),
     "1 x 1": problem(2, (33, 65), (11, 13), (1, 1)),
+    "rows of 16 bytes": problem(2, (70, 9), (9, 56), (3, 3), padding=1),
+    "rows of 8 bytes": problem(2, (34, 9), (6, 20), (3, 3), stride=2),
+    "odd rows": problem(2, (70, 9), (4, 71), (3, 3), padding=1),
+    "odd rows, 1 x 1": problem(3, (133, 9), (3, 95), (1, 1)),
+    "long rows": problem(1, (9, 10), (2, 520), (1, 3), padding=(0, 1)),
 }
 
 
@@ -144,6 +149,29 @@ def test_parity_of_larger_problems(case, channels_last, dtype, kernel, device):
 def geometry_of(inputs):
     parameters = {name: value for name, value in inputs.items() if name not in ("input", "weight", "bias")}
     return Geometry.of(inputs["input"].shape, inputs["weight"].shape, **parameters)
+
+
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", ["odd rows", "rows of 16 bytes"])
+def test_memory_that_begins_anywhere(case, dtype, kernel, device):
+    inputs = {name: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for name, v in LARGER[case].items()}
+    aligned = inputs.pop("input")
+    shifted = torch.cat([aligned.flatten()[:1], aligned.flatten()])[1:].view(aligned.shape)
+    assert aligned.data_ptr() % 16 == 0 and shifted.data_ptr() % 16
+    ours = functools.partial(rawkern.conv_transpose2d, **inputs, **precision_for(kernel, dtype))
+    assert torch.equal(ours(shifted), ours(aligned))
+
+
+@pytest.mark.parametrize("dtype", warpgroup.DTYPES, ids=str)
+def test_every_way_to_copy_rows_is_tried(dtype):
+    ways = set()
+    for inputs in (CASES | LARGER).values():
+        geometry = geometry_of(inputs)
+        plan = warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=True)
+        array = np.zeros(geometry.input_shape, dtype)
+        ways.add(warpgroup.pixels_per_copy(plan, array, runtime.element_strides(array)))
+    assert ways == ({1, 2, 4} if dtype.itemsize == 4 else {0, 1, 2, 4, 8})
 
 
 @pytest.mark.parametrize("case", CASES | LARGER)

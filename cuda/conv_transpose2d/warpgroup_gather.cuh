@@ -70,7 +70,7 @@ struct WarpgroupGather {
 
   struct alignas(1024) Memory {
     unsigned char pool[kPoolBytes];
-    RawRows<T> raw[kStagerWarps][kRawDepth];
+    RawRows<T> raw[kStagerWarps][kRawDepth];  // or as many other rows as they have room for
     typename Ending::template Storage<WarpgroupGather> ending;
     Mbarrier stage_full[kMaxStages], stage_empty[kMaxStages];
     Mbarrier weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
@@ -229,16 +229,19 @@ struct WarpgroupGather {
     }
   }
 
-  // kRawDepth batches of 32 pixels are under way, which may belong to later slabs, while one is turned around.
-  template <int kVector>
+  // kDepth batches of 32 pixels are under way, which may belong to later slabs, while one is turned around.
+  template <class Source, class Turner>
   __device__ static void stage_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
-    PixelSource<T, kVector, Slabs> source(p, warp, kStagerWarps);
-    PixelTurner<T> turner(p);
+    using Raw = typename Source::Raw;
+    constexpr int kDepth = sizeof(memory.raw[0]) / sizeof(Raw);
+    Raw* raw = reinterpret_cast<Raw*>(memory.raw[warp]);
+    Source source(p, warp, kStagerWarps);
+    Turner turner(p);
     int first = warp * kWarp, count = turner.count(), slot = 0, slab = 0;
     Ring ring;
 #pragma unroll 1
-    for (int i = 0; i < kRawDepth - 1; ++i) {
-      source.start(memory.raw[warp][i]);
+    for (int i = 0; i < kDepth - 1; ++i) {
+      source.start(raw[i]);
       async_commit();
     }
     for (int64 left = source.slabs.count(); left > 0; --left) {
@@ -246,13 +249,13 @@ struct WarpgroupGather {
       int units = units_of(p, slab);
 #pragma unroll 1
       for (int batch = first; batch < count; batch += kStagerWarps * kWarp) {
-        source.start(memory.raw[warp][(slot + kRawDepth - 1) % kRawDepth]);
+        source.start(raw[(slot + kDepth - 1) % kDepth]);
         async_commit();
-        async_wait<kRawDepth - 1>();
+        async_wait<kDepth - 1>();
         __syncwarp();
-        turner.turn(memory.raw[warp][slot], stage, batch, units, T{});
+        turner.turn(raw[slot], stage, batch, units);
         __syncwarp();
-        slot = (slot + 1) % kRawDepth;
+        slot = (slot + 1) % kDepth;
       }
       give_stage(p, memory, ring);
       if (++slab == p.slabs) slab = 0;
@@ -260,16 +263,18 @@ struct WarpgroupGather {
   }
 
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
-    if (p.channels_last)
-      stage_channels(p, memory, warp);
-    else if (p.vector == 1)
-      stage_pixels<1>(p, memory, warp);
+    using Turner = PixelTurner<T>;
+    if (p.channels_last) return stage_channels(p, memory, warp);
+    if constexpr (sizeof(T) == 2)
+      if (p.vector == 0) return stage_pixels<ShiftedSource<T, Slabs>, ShiftedTurner<T>>(p, memory, warp);
+    if (p.vector == 1)
+      stage_pixels<PixelSource<T, 1, Slabs>, Turner>(p, memory, warp);
     else if (p.vector == 2)
-      stage_pixels<2>(p, memory, warp);
+      stage_pixels<PixelSource<T, 2, Slabs>, Turner>(p, memory, warp);
     else if (p.vector == 4)
-      stage_pixels<4>(p, memory, warp);
+      stage_pixels<PixelSource<T, 4, Slabs>, Turner>(p, memory, warp);
     else
-      stage_pixels<16 / sizeof(T)>(p, memory, warp);
+      stage_pixels<PixelSource<T, 16 / sizeof(T), Slabs>, Turner>(p, memory, warp);
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, what it has read but not yet given

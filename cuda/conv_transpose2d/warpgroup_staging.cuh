@@ -93,6 +93,7 @@ struct alignas(16) RawRows {
 // sees to it that copies are aligned, and that their pixels are all inside or all outside the image.
 template <class T, int kVector, class Slabs>
 struct PixelSource {
+  using Raw = RawRows<T>;
   static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T);
   static constexpr int kLanes = kWarp / kVector;  // along the pixels; the others along the channels
 
@@ -175,11 +176,12 @@ struct PixelTurner : StagedPixels {
   __device__ explicit PixelTurner(const WarpgroupParams& p) : StagedPixels(p) {}
 
   // Units beyond `units` are not multiplied.
-  __device__ void turn(const Raw& raw, unsigned char* stage, int batch, int units, T tag) const {
+  __device__ void turn(const Raw& raw, unsigned char* stage, int batch, int units) const {
     if (units == kUnits)
-      turn_units<kUnits>(raw, stage, batch, 0, tag);
+      turn_units<kUnits>(raw, stage, batch, 0, T{});
     else
-      for (int unit = 0; unit < units; unit += 2) turn_units<2>(raw, stage, batch, unit, tag);
+#pragma unroll 1
+      for (int unit = 0; unit < units; unit += 2) turn_units<2>(raw, stage, batch, unit, T{});
   }
 
   // float: a lane has one pixel.
@@ -235,6 +237,129 @@ struct PixelTurner : StagedPixels {
         const unsigned (&from)[4] = words[unit][one];
         unit_at(stage, to[one], first + unit) = Unit{{from[0], from[1], from[2], from[3]}};
       }
+  }
+};
+
+// The two halves for 16-bit elements whose rows begin anywhere (an odd width, say), which nothing could copy two pixels
+// at a time: each channel's 32 pixels are copied with what surrounds them, as five aligned units of 16 bytes, and found
+// again by how far they are shifted. What does not belong to the image is told apart at the turn. All 32 pixels of a
+// batch lie in one row; the input begins at a multiple of 16 bytes.
+template <class T>
+struct alignas(16) ShiftedRows {
+  static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kLength = kWarp + kUnit;
+  T at[kSlab][kLength];
+  int shift, begin, end;  // of the first channel, in elements; the pixels that exist
+};
+
+template <class T, class Slabs>
+struct ShiftedSource {
+  using Raw = ShiftedRows<T>;
+  static constexpr int kUnits = kWarp / Raw::kUnit;  // of a row, but for the last
+  static constexpr int kChannels = kWarp / kUnits;   // that a warp copies together
+  static_assert(kChannels % Raw::kUnit == 0, "channels a lane copies are shifted alike");
+
+  Slabs slabs;
+  PixelWalk walk;
+  const T* base;  // the slab's first channel
+
+  __device__ ShiftedSource(const WarpgroupParams& p, int warp, int warps)
+      : slabs(p), walk(p, warp * kWarp, warps * kWarp) {
+    enter_slab();
+  }
+
+  __device__ void enter_slab() {
+    base = static_cast<const T*>(walk.p.input) + slabs.first_channel() * walk.p.in_strides[1];
+  }
+
+  // As PixelSource's.
+  __device__ void start(Raw& raw) {
+    int64 offset;
+    int column, width = walk.p.in_size[1];
+    bool inside = walk.locate(slabs.at, offset, column) && column < width && column > -kWarp;
+    uint64 row = reinterpret_cast<uint64>(base + offset);
+    if (threadIdx.x % kWarp == 0) {
+      raw.shift = int(row % 16 / sizeof(T));
+      raw.begin = column < 0 ? -column : 0;
+      raw.end = inside ? width - column : 0;
+    }
+    if (inside) copy(raw, row);
+    walk.advance();
+    if (walk.index < walk.count()) return;
+    walk.restart();
+    slabs.advance();
+    enter_slab();
+  }
+
+  __device__ void copy(Raw& raw, uint64 row) const {
+    int64 step = walk.p.in_strides[1] * int64(sizeof(T));
+    uint64 input = reinterpret_cast<uint64>(walk.p.input), end = input + walk.p.in_bytes;
+    bool whole = slabs.channels() >= Raw::kSlab && row / 16 * 16 >= input &&
+                 row + (Raw::kSlab - 1) * step + sizeof(raw.at[0]) <= end;
+    if (whole)
+      copy_rows(raw, row, step, [](uint64, int) { return 16; });
+    else
+      copy_rows(raw, row, step, [&](uint64 unit, int channel) {
+        int64 left = unit < input || channel >= slabs.channels() ? 0 : int64(end - unit);
+        return left < 0 ? 0 : left < 16 ? int(left) : 16;
+      });
+  }
+
+  // bytes_of(address, channel): how much of a unit can be read.
+  template <class Bytes>
+  __device__ static void copy_rows(Raw& raw, uint64 row, int64 step, Bytes bytes_of) {
+    int lane = threadIdx.x % kWarp, channel = lane / kUnits, unit = lane % kUnits;
+    uint64 first = (row + channel * step) / 16 * 16 + unit * 16, last = (row + lane * step) / 16 * 16 + kUnits * 16;
+#pragma unroll
+    for (int c = 0; c < Raw::kSlab; c += kChannels)
+      async_copy_part(&raw.at[c + channel][unit * Raw::kUnit], reinterpret_cast<const void*>(first + c * step),
+                      bytes_of(first + c * step, c + channel));
+#pragma unroll
+    for (int c = 0; c < Raw::kSlab; c += kWarp)
+      async_copy_part(&raw.at[c + lane][kWarp], reinterpret_cast<const void*>(last + c * step),
+                      bytes_of(last + c * step, c + lane));
+  }
+};
+
+template <class T>
+struct ShiftedTurner : StagedPixels {
+  using Raw = ShiftedRows<T>;
+  static constexpr int kUnit = Raw::kUnit, kUnits = Raw::kSlab / kUnit;
+
+  __device__ explicit ShiftedTurner(const WarpgroupParams& p) : StagedPixels(p) {}
+
+  // A lane has one pixel.
+  __device__ void turn(const Raw& raw, unsigned char* stage, int batch, int units) const {
+    int lane = threadIdx.x % kWarp, index = batch + lane, to = place(index);
+    bool exists = lane >= raw.begin && lane < raw.end;
+    int column[kUnit];  // of the pixel, for channels that follow each other
+#pragma unroll
+    for (int c = 0; c < kUnit; ++c) column[c] = lane + int(raw.shift + c * p.in_strides[1]) % kUnit;
+    if (units == kUnits) {
+#pragma unroll
+      for (int first = 0; first < kUnits; first += kUnits / 2)
+        turn_units<kUnits / 2>(raw, stage, index, to, first, exists, column);
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < units; first += 2) turn_units<2>(raw, stage, index, to, first, exists, column);
+    }
+  }
+
+  template <int kCount>
+  __device__ void turn_units(const Raw& raw, unsigned char* stage, int index, int to, int first, bool exists,
+                             const int (&column)[kUnit]) const {
+    unsigned bits[kCount][kUnit];
+#pragma unroll
+    for (int unit = 0; unit < kCount; ++unit)
+#pragma unroll
+      for (int c = 0; c < kUnit; ++c) bits[unit][c] = raw.at[(first + unit) * kUnit + c][column[c]].bits;
+    Unit values[kCount];
+#pragma unroll
+    for (int unit = 0; unit < kCount; ++unit)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[unit].words[i] = exists ? bits[unit][2 * i] | bits[unit][2 * i + 1] << 16 : 0u;
+    if (index >= count()) return;
+#pragma unroll
+    for (int unit = 0; unit < kCount; ++unit) unit_at(stage, to, first + unit) = values[unit];
   }
 };
 

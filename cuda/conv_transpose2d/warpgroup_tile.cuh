@@ -12,7 +12,8 @@ struct WarpgroupParams {
   const void* weight;   // packed (warpgroup_pack_weight.cu)
   int64 in_strides[4];  // n, c, h, w, in elements
   int64 out_strides[4];
-  int tiles;  // less than 2^30
+  int64 in_bytes;  // from the input's first element to behind its last
+  int tiles;       // less than 2^30
   int batch, groups;
   int depth, rows;                           // input and output channels of a group
   int in_size[2], in_step[2], in_origin[2];  // plane a of staged row r holds the input's row step * r + a + origin
@@ -24,7 +25,7 @@ struct WarpgroupParams {
   int units;                  // of a group, each 64 output channels
   int passes;
   int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8
+  int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8; 0: see ShiftedSource
   short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   short offset[kMaxSteps];           // of each step, the pixels by which its tap is displaced in the tile

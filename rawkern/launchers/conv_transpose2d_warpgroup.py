@@ -24,7 +24,7 @@ _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
 _RAW_DEPTH, _RAW_DEPTH_CHANNEL_MIN = 4, 2  # batches under way per stager warp
 _RAW_BYTES = 3 * (32 * _ROW_BYTES + 64)  # of the stagers' buffers, for each in turn
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = 512
+_BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
 PARAMS = runtime.params(
@@ -32,6 +32,7 @@ PARAMS = runtime.params(
     ("weight", "u8"),
     ("in_strides", "i8", 4),
     ("out_strides", "i8", 4),
+    ("in_bytes", "i8"),
     ("tiles", "i4"),
     ("batch", "i4"),
     ("groups", "i4"),
@@ -162,6 +163,11 @@ class Plan:
     fields: dict  # of PARAMS, but for what a call brings
     pack_fields: dict  # of PACK
     packed_bytes: int
+
+    @property
+    def whole_rows(self):
+        """Whether 32 neighbours in the order in which pixels are staged lie in one row."""
+        return self.fields["pitch"] * self.fields["in_step"][1] % 32 == 0
 
     @property
     def slots(self):
@@ -308,7 +314,7 @@ class _Work:
         if batch * stack + rows >= 2**31 or row_tiles * column_tiles * self.geometry.groups >= 2**30:
             return None
         row_bytes = (columns + width.halo) * width.in_step * self.dtype.itemsize
-        cost = self._cost(shape, row_tiles * column_tiles, staged_rows * planes * pitch, row_bytes, *rings)
+        cost = self._cost(shape, row_tiles * column_tiles, staged_rows * planes * pitch, pitch, row_bytes, *rings)
         return _Tile(shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels, *rings, cost)
 
     def _rings(self, shape, stage_bytes):
@@ -339,7 +345,7 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, pixel_tiles, staged_pixels, row_bytes, stages, weight_stages):
+    def _cost(self, shape, pixel_tiles, staged_pixels, pitch, row_bytes, stages, weight_stages):
         """Cycles of a multiprocessor, roughly: what weighs is how the choices compare.
 
         The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth. A stager warp takes some hundred
@@ -354,20 +360,22 @@ class _Work:
         multiply = self.steps * slices * shape.pixels / 2 * units + 100 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         batches = -(-staged_pixels // (_STAGERS * 32))
-        staging = stagings * self.slabs * (batches * self._batch_cycles() + 200)
+        staging = stagings * self.slabs * (batches * self._batch_cycles(pitch) + 200)
         staging = max(staging, stagings * staged_pixels * slices * 32 / 20 * (1 + 24 / row_bytes))
         weights = self.steps * units * self.slabs * _WEIGHT_BYTES / min(24, (weight_stages - 2) * _WEIGHT_BYTES / 1100)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
         epilogue = jobs * (shape.phases * shape.pixels * (60 if apart else 12) + 1000)
-        tile = max(multiply, staging, weights, (multiply + epilogue) / 2)
+        together = multiply, staging, weights, (multiply + epilogue) / 2
+        tile = max(together) + sum(together) / 10  # they are in each other's way, in shared memory above all
         tiles = pixel_tiles * self.geometry.groups // self.groups_per_tile
         return -(-tiles // self.multiprocessors) * tile
 
-    def _batch_cycles(self):
+    def _batch_cycles(self, pitch):
         """Of a stager warp, for 32 pixels of a slab."""
-        if self.align * self.dtype.itemsize < 4:  # synchronous loads
-            return 3000
-        return 350 + 4 * self.slab // self.align
+        if self.align * self.dtype.itemsize >= 4:
+            return 450 + 10 * self.slab // self.align
+        whole_rows = pitch * self.axes[1].in_step % 32 == 0
+        return 1050 if whole_rows else 3000  # two bytes at a time
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -514,7 +522,8 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         out_strides=out_strides,
         tiles=plan.tiles,
         channels_last=_channels_last(plan, gathered, strides),
-        vector=_vector(plan, gathered, strides),
+        vector=pixels_per_copy(plan, gathered, strides),
+        in_bytes=_extent(gathered, strides) * gathered.itemsize,
     )
     kernel.launch(
         queue,
@@ -531,9 +540,9 @@ def _channels_last(plan, array, strides):
     return strides[1] == 1 and aligned and all(stride % unit == 0 for stride in (strides[0], *strides[2:]))
 
 
-def _vector(plan, array, strides):
-    """Pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either all inside
-    the image or all outside."""
+def pixels_per_copy(plan, array, strides):
+    """How warpgroup_staging.cuh copies rows: the pixels that one copy of at most 16 bytes may bring, aligned in every
+    row, image and tile, and either all inside the image or all outside; 0 if rows come with what surrounds them."""
     if strides[3] != 1:
         return 1
     fields = plan.fields
@@ -541,7 +550,14 @@ def _vector(plan, array, strides):
     bits |= runtime.pointer(array) // array.itemsize | 16 // array.itemsize
     if fields["column_tiles"] > 1:
         bits |= fields["tile_columns"] * fields["in_step"][1]
-    return bits & -bits
+    vector = bits & -bits
+    shifted = vector == 1 and array.itemsize == 2 and plan.whole_rows
+    return 0 if shifted and runtime.pointer(array) % 16 == 0 and min(strides) >= 0 else vector
+
+
+def _extent(array, strides):
+    """Elements from the first to behind the last, for strides that are not negative."""
+    return sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True)) + 1
 
 
 def _pack(queue, plan, weight):
