@@ -104,16 +104,21 @@ struct WarpgroupGather {
   // visit(job) for every job of this block, in the order in which they are multiplied.
   template <class Visit>
   __device__ static void for_each(const WarpgroupParams& p, Visit visit) {
-    int units = p.units * groups_per_tile(p);
     int step = gridDim.x;
     for (int tile = blockIdx.x; tile < p.tiles; tile += kConsumers * step)
-      for (int pass = 0; pass < p.passes; ++pass)
-        for (int unit = 0; unit < units; ++unit)
-          for (int consumer = 0; consumer < kConsumers; ++consumer) {
-            int own = tile + consumer * step;
-            bool first = pass == 0 && unit == 0, last = pass == p.passes - 1 && unit == units - 1;
-            visit(Job{consumer, own, own < p.tiles, pass, unit, first, last});
-          }
+      for (int i = 0; i < p.jobs; ++i)
+        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+          int own = tile + consumer * step, unit, pass = pass_of(p, own, i, unit);
+          visit(Job{consumer, own, own < p.tiles, pass, unit, i == 0, i == p.jobs - 1});
+        }
+  }
+  // The pass and unit of job `job` of a tile, or of a part of it.
+  __device__ static int pass_of(const WarpgroupParams& p, int tile, int job, int& unit) {
+    int units = p.units * groups_per_tile(p);
+    job += unsigned(tile) % unsigned(p.parts) * p.jobs;
+    int pass = unsigned(job) / unsigned(units);
+    unit = job - pass * units;
+    return pass;
   }
 
   __device__ static int steps_before(const WarpgroupParams& p, int pass) {
@@ -143,22 +148,18 @@ struct WarpgroupGather {
   // stay for all jobs of a tile, those of its first.
   struct Slabs {
     const WarpgroupParams& p;
-    bool once;
-    int units, step, tile;  // `tile` of the first consumer
-    int pass = 0, unit = 0, consumer = 0, slab = 0;
+    int jobs, step, tile;  // `tile` of the first consumer
+    int job = 0, unit = 0, consumer = 0, slab = 0;
     TilePlace at;  // below the last image when there are no more
 
     __device__ explicit Slabs(const WarpgroupParams& p)
-        : p(p),
-          once(resident(p)),
-          units(p.units * groups_per_tile(p)),
-          step(gridDim.x),
-          tile(blockIdx.x),
-          at(place(p, tile)) {}
+        : p(p), jobs(resident(p) ? 1 : p.jobs), step(gridDim.x), tile(blockIdx.x), at(place(p, tile)) {
+      pass_of(p, tile, job, unit);
+    }
 
     __device__ int64 count() const {
       int64 tiles = (p.tiles - 1 - int(blockIdx.x)) / step + 1;
-      return tiles * (once ? 1 : p.passes * units) * p.slabs;
+      return tiles * jobs * p.slabs;
     }
 
     __device__ void advance() {
@@ -166,19 +167,19 @@ struct WarpgroupGather {
       slab = 0;
       do next_job();
       while (tile < p.tiles && tile + consumer * step >= p.tiles);
-      if (tile < p.tiles)
+      if (tile < p.tiles) {
         at = place(p, tile + consumer * step);
-      else
+        pass_of(p, tile + consumer * step, job, unit);
+      } else {
         at.image = p.batch;
+      }
     }
 
     __device__ void next_job() {
       if (++consumer < kConsumers) return;
       consumer = 0;
-      if (!once && ++unit < units) return;
-      unit = 0;
-      if (!once && ++pass < p.passes) return;
-      pass = 0;
+      if (++job < jobs) return;
+      job = 0;
       tile += kConsumers * step;
     }
 

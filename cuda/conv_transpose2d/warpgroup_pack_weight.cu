@@ -4,7 +4,8 @@
 //
 // One thread per 16 bytes; writes are coalesced, reads follow the weights' own strides. The weights are small (and stay
 // in the L2 cache for the kernel that follows), so this is a few microseconds. Meant for sm_90a, runs anywhere.
-#include "warpgroup_gather.cuh"
+#include "warpgroup_tile.cuh"
+#include "wgmma.cuh"
 
 namespace rawkern {
 

@@ -24,6 +24,7 @@ struct WarpgroupParams {
   int slabs, last_slices;     // slices: of 32 bytes of channels, that the last slab has
   int units;                  // of a group, each 64 output channels
   int passes;
+  int parts, jobs;                   // a tile's passes times units are divided among `parts`, each `jobs` of them
   int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
   int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8; 0: see ShiftedSource
   short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
@@ -69,14 +70,14 @@ struct Ring {
   }
 };
 
-// A tile: where it begins in the stack of images, and its group.
+// A tile: where it begins in the stack of images, and its group. Parts of a tile are numbered as tiles.
 struct TilePlace {
   int group, image, row, column;  // `row` of image `image`, counted in base pixels; `column` likewise
   int row_tile, column_tile;
 
   __device__ TilePlace(const WarpgroupParams& p, int tile, int groups) {
-    unsigned row_and_column = unsigned(tile) / groups;
-    group = tile - row_and_column * groups;
+    unsigned whole = unsigned(tile) / unsigned(p.parts), row_and_column = whole / unsigned(groups);
+    group = whole - row_and_column * groups;
     row_tile = row_and_column / unsigned(p.column_tiles);
     column_tile = row_and_column - row_tile * p.column_tiles;
     unsigned first_row = row_tile * p.tile_rows;

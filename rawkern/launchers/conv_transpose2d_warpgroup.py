@@ -57,6 +57,8 @@ PARAMS = runtime.params(
     ("last_slices", "i4"),
     ("units", "i4"),
     ("passes", "i4"),
+    ("parts", "i4"),
+    ("jobs", "i4"),
     ("channels_last", "i4"),
     ("vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
@@ -231,6 +233,7 @@ class _Tile:
     row_tiles: int
     stack: int
     stage_pixels: int
+    parts: int
     stages: int
     weight_stages: int
     cost: float
@@ -249,6 +252,11 @@ class _Work:
     multiprocessors: int
     channel_min: bool
     per_image: bool
+
+    @property
+    def processors(self):
+        """At least two, so that the emulator has several blocks, too."""
+        return max(2, self.multiprocessors)
 
     @property
     def steps(self):
@@ -279,7 +287,7 @@ class _Work:
         if len(width.taps) % shape.phases:
             return
         multiple = self.align // math.gcd(self.align, width.in_step)
-        for pitch in range(8, _round_up(min(shape.pixels, width.base) + width.halo, 8) + 1, 8):
+        for pitch in range(8, _round_up(min(shape.pixels, width.base) + width.halo, 32) + 1, 8):
             columns = min(pitch - width.halo, shape.pixels, width.base)
             if columns < width.base:
                 columns = columns // multiple * multiple
@@ -288,15 +296,14 @@ class _Work:
             column_tiles = -(-width.base // columns)
             if column_tiles > 1:  # all tiles about as wide
                 columns = _round_up(-(-width.base // column_tiles), multiple)
-            if _round_up(columns + width.halo, 8) != pitch:
+            if pitch not in (_round_up(columns + width.halo, 8), _round_up(columns + width.halo, 32)):
                 continue  # the same tile comes with another pitch
             most = (shape.pixels - columns) // pitch + 1
             for rows in {min(most, height.base), most, max(1, most // 2), 1}:
-                tile = self._tile(shape, rows, columns, pitch, column_tiles)
-                if tile:
-                    yield tile
+                yield from self._tiles(shape, rows, columns, pitch, column_tiles)
 
-    def _tile(self, shape, rows, columns, pitch, column_tiles):
+    def _tiles(self, shape, rows, columns, pitch, column_tiles):
+        """One tile, whole and in the parts it can be divided into."""
         height, width = self.axes
         batch = self.geometry.batch
         planes, staged_rows = height.in_step * width.in_step, rows + height.halo
@@ -304,18 +311,30 @@ class _Work:
         stage_pixels = _round_up(planes * staged_rows * pitch, 8)
         rings = self._rings(shape, stage_pixels * _ROW_BYTES)
         if rings is None or stage_pixels > 32767:
-            return None
+            return
         stack = height.base + height.halo
         if self.per_image:
             stack = _round_up(stack, rows)
             row_tiles = batch * stack // rows
         else:
             row_tiles = -(-((batch - 1) * stack + height.base) // rows)
-        if batch * stack + rows >= 2**31 or row_tiles * column_tiles * self.geometry.groups >= 2**30:
-            return None
+        tiles = row_tiles * column_tiles * self.geometry.groups
+        if batch * stack + rows >= 2**31 or tiles * self._jobs(shape) >= 2**30:
+            return
         row_bytes = (columns + width.halo) * width.in_step * self.dtype.itemsize
-        cost = self._cost(shape, row_tiles * column_tiles, staged_rows * planes * pitch, pitch, row_bytes, *rings)
-        return _Tile(shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels, *rings, cost)
+        tile = shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels
+        for parts in self._parts(shape, tiles):
+            cost = self._cost(shape, parts, tiles, staged_rows * planes * pitch, pitch, row_bytes, *rings)
+            yield _Tile(*tile, parts, *rings, cost)
+
+    def _parts(self, shape, tiles):
+        """The numbers of parts worth trying: one, and where tiles are few, all that divide its jobs evenly.
+
+        A part has whole passes where a block must see all channels.
+        """
+        together = self.units * self.groups_per_tile if self.channel_min else 1
+        most = self._jobs(shape) // together if tiles < 2 * self.processors else 1
+        return [parts for parts in range(1, most + 1) if most % parts == 0]
 
     def _rings(self, shape, stage_bytes):
         """How many buffers the rings of staged input and of weights have; None if a tile does not fit.
@@ -345,7 +364,7 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, pixel_tiles, staged_pixels, pitch, row_bytes, stages, weight_stages):
+    def _cost(self, shape, parts, tiles, staged_pixels, pitch, row_bytes, stages, weight_stages):
         """Cycles of a multiprocessor, roughly: what weighs is how the choices compare.
 
         The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth. A stager warp takes some hundred
@@ -354,8 +373,8 @@ class _Work:
         the L2 cache delivers 24 bytes a cycle. An epilogue takes some twelve cycles per column, more where neighbours
         in memory are computed apart, and two consumers share it.
         """
-        jobs = self._jobs(shape)
-        units = self.units * self.groups_per_tile
+        jobs = self._jobs(shape) // parts
+        units = self.units * self.groups_per_tile / parts
         slices = (self.slabs - 1) * 4 + self.last_slices
         multiply = self.steps * slices * shape.pixels / 2 * units + 100 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
@@ -367,8 +386,7 @@ class _Work:
         epilogue = jobs * (shape.phases * shape.pixels * (60 if apart else 12) + 1000)
         together = multiply, staging, weights, (multiply + epilogue) / 2
         tile = max(together) + sum(together) / 10  # they are in each other's way, in shared memory above all
-        tiles = pixel_tiles * self.geometry.groups // self.groups_per_tile
-        return -(-tiles // self.multiprocessors) * tile
+        return -(-tiles // self.groups_per_tile * parts // self.processors) * tile
 
     def _batch_cycles(self, pitch):
         """Of a stager warp, for 32 pixels of a slab."""
@@ -417,11 +435,13 @@ class _Work:
             last_slices=self.last_slices,
             units=self.units,
             passes=len(phases),
+            parts=tile.parts,
+            jobs=self._jobs(shape) // tile.parts,
             phase=_padded(phases, (_MAX_PHASES, 2)),
             first_step=_padded(first_step, _MAX_PHASES + 1),
             offset=_padded(offsets, _MAX_STEPS),
         )
-        tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile
+        tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
         packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _ROWS * _ROW_BYTES
         pack_fields = dict(
             count=packed_bytes // 16,
@@ -441,8 +461,7 @@ class _Work:
             dtype=self.dtype,
             tiles=tiles,
             cost=tile.cost,
-            # At least two, so that the emulator has several, too.
-            blocks=min(tiles, max(2, self.multiprocessors)),
+            blocks=min(tiles, self.processors),
             row_tiles_per_image=tile.stack // tile.rows,
             fields=fields,
             pack_fields=pack_fields,
