@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from rawkern.autograd.operator import forget_plans
+from rawkern.autograd import operator
+from rawkern.launchers import repeat
 
 torch.manual_seed(0)
 
@@ -35,4 +36,5 @@ def _float32_is_float32(monkeypatch):
 @pytest.fixture(autouse=True)
 def _decided_anew():
     """No test repeats launches that another test decided on: tests change what is decided by."""
-    forget_plans()
+    operator.forget_plans()
+    repeat.forget_plans()

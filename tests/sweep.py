@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from rawkern import epilogue, runtime
-from rawkern.launchers import block_math
+from rawkern.launchers import block_math, repeat
 from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
@@ -93,6 +93,7 @@ def direct_kernels(few_channels=None, min_products=None):
 
 
 def _forget_plans():
+    repeat.forget_plans()
     direct.direct_plan.cache_clear()
     direct.direct_weight_gradient_plan.cache_clear()
 
@@ -107,9 +108,11 @@ def architecture(name):
         warpgroup.is_faster = lambda *_: True
         if name != "sm_90a":
             warpgroup.plan = lambda *_, **__: None
+        repeat.forget_plans()
         yield
     finally:
         Emulator.arch, warpgroup.plan, warpgroup.is_faster = kept
+        repeat.forget_plans()
 
 
 def sweep_conv_transpose2d():
@@ -183,11 +186,13 @@ def _sweep_blocks():
             precision = "tf32" if tensor_core else "ieee"
             for wanted in candidates:
                 block_math.choose = functools.partial(_choose, choose, wanted)
+                repeat.forget_plans()
                 conv_transpose2d(input, weight, None, *rest, precision=precision)
                 input_gradient(grad, weight, geometry, precision=precision)
                 weight_gradient(input, grad, geometry, precision=precision)
     finally:
         block_math.choose = choose
+        repeat.forget_plans()
 
 
 def sweep_conv_transpose2d_weight_gradient():

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import runtime
 from .layout import copy, dense
+from .repeat import repeatable
 
 THREADS = 256
 _WARPS = THREADS // 32
@@ -164,6 +165,7 @@ def totals(queue, how, partials, quantity, out):
     )
 
 
+@repeatable
 def channel_sum(array, axis=1, *, out=None, stream=None):
     """The sum of `array` over all its axes but `axis`: shape (array.shape[axis],), the dtype of `array`.
 

@@ -13,10 +13,12 @@ from .conv_transpose2d_plans import GatherPlan, gather_plan
 from .conv_transpose2d_weight_gradient import weight_gradient
 from .geometry import Geometry, check_shape
 from .layout import contiguous, is_channels_last
+from .repeat import repeatable
 
 __all__ = ["channel_min", "conv_transpose2d", "input_gradient", "kernels", "weight_gradient", "with_moments"]
 
 
+@repeatable
 def conv_transpose2d(
     input,
     weight,
@@ -84,6 +86,7 @@ def conv_transpose2d(
     return out
 
 
+@repeatable
 def channel_min(input, weight, bias, geometry, *, precision=None, values=None, index=None, stream=None):
     """The minimum over all channels of the transposed convolution, which itself is not stored.
 
@@ -112,6 +115,7 @@ def channel_min(input, weight, bias, geometry, *, precision=None, values=None, i
     return values, index
 
 
+@repeatable
 def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=None, stream=None):
     """The transposed convolution, and the statistics of a chain applied to it, computed where it is produced.
 
@@ -141,6 +145,7 @@ def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=No
     return out, moments
 
 
+@repeatable
 def input_gradient(grad_output, weight, geometry, *, precision=None, out=None, stream=None):
     """Gradient for the input: the convolution of grad_output (N, C_out, H_out, W_out) with the weight.
 

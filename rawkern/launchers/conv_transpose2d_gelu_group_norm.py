@@ -13,8 +13,10 @@ from .gelu_group_norm import gelu_group_norm
 from .geometry import Geometry
 from .group_norm import group_norm_backward, normalize, statistics
 from .group_norm_sizes import Sizes, check_eps, check_layout, layout_of, statistics_arrays
+from .repeat import repeatable
 
 
+@repeatable
 def conv_transpose2d_gelu_group_norm(
     input,
     weight,
@@ -93,6 +95,7 @@ def conv_transpose2d_gelu_group_norm(
 DIFFERENTIABLE = ("input", "weight", "conv_bias", "norm_weight", "norm_bias")
 
 
+@repeatable
 def conv_transpose2d_gelu_group_norm_backward(
     grad_output,
     input,

@@ -14,6 +14,7 @@ from .conv_transpose2d import channel_min
 from .geometry import Geometry
 from .layout import contiguous
 from .min_sum_gelu_add import bias_gradient, check_contiguous, output_shape, reduce, sum_gelu_add, sum_gradient
+from .repeat import repeatable
 
 __all__ = [
     "bias_gradient",
@@ -105,6 +106,7 @@ def geometry_of(input_shape, weight_shape, stride=1, padding=0, output_padding=0
     return Geometry.of(input_shape, weight_shape, stride, padding, output_padding, groups, dilation)
 
 
+@repeatable
 def conv_transpose2d_min_sum_gelu_add(
     input,
     weight,
@@ -151,6 +153,7 @@ def conv_transpose2d_min_sum_gelu_add(
     return sum_gelu_add(values, bias, out=out, sums=sums, stream=stream)
 
 
+@repeatable
 def input_gradient(grad_sum, index, weight, geometry, *, out=None, stream=None):
     """The gradient for the convolution's input, (N, C_in, H, W).
 
@@ -186,6 +189,7 @@ def input_gradient(grad_sum, index, weight, geometry, *, out=None, stream=None):
     return out
 
 
+@repeatable
 def weight_gradient(grad_sum, index, input, geometry, *, out=None, stream=None):
     """The gradient for the weight, (C_in, C_out / groups, kH, kW). Arguments as in `input_gradient`."""
     queue = queue_of(stream, input=input)
@@ -223,6 +227,7 @@ def weight_gradient(grad_sum, index, input, geometry, *, out=None, stream=None):
     return out
 
 
+@repeatable
 def conv_bias_gradient(grad_sum, index, geometry, dtype, *, out=None, stream=None):
     """The gradient for the convolution's bias, (C_out,). Arguments as in `input_gradient`."""
     dtype = np.dtype(dtype)

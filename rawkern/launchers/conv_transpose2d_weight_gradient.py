@@ -14,6 +14,7 @@ from . import conv_transpose2d_weight_gradient_taps as taps
 from .block_math import BlockMath, check_precision
 from .geometry import check_shape
 from .layout import is_channels_last
+from .repeat import repeatable
 
 WEIGHT_GRADIENT = runtime.params(
     ("input", "u8"),
@@ -54,6 +55,7 @@ _PARTIAL_BYTES = 1 << 28
 _PARTS = 8
 
 
+@repeatable
 def weight_gradient(input, grad_output, geometry, *, precision=None, out=None, stream=None):
     """Gradient for the weight, (C_in, C_out / groups, kH, kW), from the input and grad_output.
 

@@ -4,8 +4,10 @@ from ..epilogue import GELU
 from .chain import chain_of
 from .group_norm import group_norm, group_norm_backward
 from .group_norm_kernels import chained_kernels
+from .repeat import repeatable
 
 
+@repeatable
 def gelu_group_norm(
     input,
     num_groups,
@@ -27,6 +29,7 @@ def gelu_group_norm(
     return group_norm(input, num_groups, weight, bias, eps, out=out, mean=mean, rstd=rstd, stream=stream, chain=chain)
 
 
+@repeatable
 def gelu_group_norm_backward(grad_output, input, mean, rstd, weight=None, approximate="none", **options):
     """The gradients for input, weight and bias; mean and rstd are those of gelu(input).
 

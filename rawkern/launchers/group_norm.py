@@ -40,8 +40,10 @@ from .group_norm_sizes import (
     statistics_arrays,
 )
 from .layout import contiguous
+from .repeat import repeatable
 
 
+@repeatable
 def group_norm(
     input, num_groups, weight=None, bias=None, eps=1e-5, *, out=None, mean=None, rstd=None, stream=None, chain=IDENTITY
 ):
@@ -74,6 +76,7 @@ def group_norm(
     return out
 
 
+@repeatable
 def group_norm_backward(
     grad_output,
     input,
@@ -133,6 +136,7 @@ def group_norm_backward(
     return grad_input, grad_weight, grad_bias
 
 
+@repeatable
 def group_norm_double_backward(
     grad_output,
     input,

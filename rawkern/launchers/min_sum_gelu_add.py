@@ -9,6 +9,7 @@ import numpy as np
 from .. import runtime
 from ..runtime import Kernel, accumulator, check_out, cpp_type, device_of, element_strides, pointer, queue_of
 from .index_space import broadcast_strides, by_stride, contiguous_strides, index_space, index_space_params
+from .repeat import repeatable
 
 _THREADS = 256
 #: Blocks that fill any GPU: what a reduction of few outputs is cut into, on every device alike.
@@ -77,6 +78,7 @@ def check_input(shape):
         raise RuntimeError(f"input: 2**31 and more channels are not supported, got shape {tuple(shape)}")
 
 
+@repeatable
 def min_sum_gelu_add(input, bias, *, out=None, index=None, sums=None, stream=None):
     """gelu(sum over H of (minimum over C of input)) + bias, with GELU in its erf form.
 
@@ -108,6 +110,7 @@ def min_sum_gelu_add(input, bias, *, out=None, index=None, sums=None, stream=Non
     return out
 
 
+@repeatable
 def channel_min(input, *, values=None, index=None, stream=None):
     """Minimum over the channels of (N, C, H, W), as torch.min: the first of equals, NaN before everything.
 
@@ -127,6 +130,7 @@ def channel_min(input, *, values=None, index=None, stream=None):
     return values, index
 
 
+@repeatable
 def sum_gelu_add(values, bias, *, out=None, sums=None, stream=None):
     """gelu(sum over H of values) + bias, for values (N, H, W) in the accumulator's dtype of the bias's.
 
@@ -144,6 +148,7 @@ def sum_gelu_add(values, bias, *, out=None, sums=None, stream=None):
     return out
 
 
+@repeatable
 def sum_gradient(grad_output, sums, *, out=None, stream=None):
     """The gradient for the sums, (N, W), from the gradient for the output and the sums that the forward pass kept.
 
@@ -161,6 +166,7 @@ def sum_gradient(grad_output, sums, *, out=None, stream=None):
     return out
 
 
+@repeatable
 def bias_gradient(grad_output, bias_shape, *, out=None, stream=None):
     """The gradient for the bias: the sum of `grad_output` over the dimensions along which the bias was repeated."""
     queue = queue_of(stream, grad_output=grad_output)
@@ -171,6 +177,7 @@ def bias_gradient(grad_output, bias_shape, *, out=None, stream=None):
     return out
 
 
+@repeatable
 def input_gradient(grad_sum, index, shape, dtype, *, out=None, stream=None):
     """The gradient for the input: grad_sum[n, w] at channel index[n, h, w], zero at all others.
 

@@ -14,6 +14,7 @@ from .. import runtime
 from .chain import chain_of, channel_axis
 from .channel_sum import LAYOUT, THREADS, plan, totals, view_of, zero
 from .layout import arranged_as, contiguous, copy, dense, is_arranged_as
+from .repeat import repeatable
 
 _INPUTS = {"Forward": 1, "Backward": 2, "DoubleBackward": 3}
 
@@ -43,6 +44,7 @@ def kernel(body, cpp_type, chain_cpp, chain_params, walk=None):
     )
 
 
+@repeatable
 def pointwise(input, chain, *, tensors=None, out=None, stream=None):
     """chain(input): an array of the input's shape and dtype.
 
@@ -58,6 +60,7 @@ def pointwise(input, chain, *, tensors=None, out=None, stream=None):
     return call.finish(result, out)
 
 
+@repeatable
 def pointwise_backward(grad_output, input, chain, *, tensors=None, needs=None, out=None, stream=None):
     """Gradients of `pointwise`: a tuple of that of the input and that of each of the chain's tensors.
 
@@ -75,6 +78,7 @@ def pointwise_backward(grad_output, input, chain, *, tensors=None, needs=None, o
     return call.finish(grad_input, out[0]), *sums
 
 
+@repeatable
 def pointwise_double_backward(
     grad_output, input, chain, grad_grad_input, grad_grad_tensors, *, tensors=None, needs=None, out=None, stream=None
 ):

@@ -52,13 +52,14 @@ def device_of(array):
     """The device of an array: the emulator for NumPy, a GPU for CuPy."""
     if type(array) is np.ndarray or isinstance(array, np.ndarray):
         return _EMULATOR
-    if _is_cupy(type(array)):
+    if is_cupy(type(array)):
         return _gpu(array.data.device_id)
     raise TypeError(f"expected a numpy.ndarray or a cupy.ndarray, got {type(array).__name__}")
 
 
 @functools.cache
-def _is_cupy(type):
+def is_cupy(type):
+    """Whether a type is one of CuPy's, which need not be installed."""
     return type.__module__.partition(".")[0] == "cupy"
 
 

@@ -39,6 +39,16 @@ class Emulator:
         return np.empty(shape, dtype)
 
     @staticmethod
+    def view(memory, shape, dtype, strides):
+        """An array in the memory of another one, from its beginning."""
+        return np.ndarray(shape, dtype, memory, 0, strides)
+
+    @staticmethod
+    def stream_pointer(stream):
+        """What `repeat` takes."""
+        return 0
+
+    @staticmethod
     def on(stream):
         """A context in which NumPy's own operations may be used on this device's arrays."""
         if hasattr(stream, "uses_library"):

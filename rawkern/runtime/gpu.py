@@ -54,6 +54,15 @@ class Gpu:
         with self.on(stream):
             return cupy.empty(shape, dtype)
 
+    @staticmethod
+    def view(memory, shape, dtype, strides):
+        """An array in the memory of another one, from its beginning."""
+        return cupy.ndarray(shape, dtype, memory.data, strides)
+
+    def stream_pointer(self, stream):
+        """What `repeat` takes: the pointer of a stream, or of CuPy's current one on this device."""
+        return cupy.cuda.get_current_stream(self.index).ptr if stream is None else stream.ptr
+
     @contextlib.contextmanager
     def on(self, stream):
         """A context in which CuPy's own operations run on this device, in `stream` (None: CuPy's current one)."""

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 #: Launchers may decide by addresses modulo this. New memory is aligned to it on every device, given memory may not be.
-ALIGNMENT = 64
+ALIGNMENT = 16
 #: Where pieces of the one workspace of a tape begin.
 _WORKSPACE_ALIGNMENT = 256
 
@@ -33,6 +33,7 @@ class Recorder:
         self._allocate = allocate
         self._arguments = [_extent(array) for array in arguments]
         self._workspaces = []  # arrays, kept alive so that no address is used twice
+        self._handed_out = []  # likewise
         self._launches = []
         self._device = None
         self._repeatable = True
@@ -41,6 +42,19 @@ class Recorder:
         """Announces one more array that launchers will be given; returns it."""
         self._arguments.append(_extent(array))
         return array
+
+    def hand_out(self, array):
+        """Says that a dense array is no workspace, though it was made by `empty`: its address is one more argument, the
+        next one. Returns whether it is that, and the only array in its memory."""
+        begin, end = _extent(array)
+        if begin:
+            extents = [_extent(workspace) for workspace in self._workspaces]
+            found = [i for i, extent in enumerate(extents) if extent == (begin, end)]
+            if len(found) != 1 or end - begin != array.nbytes:
+                return False
+            self._handed_out.append(self._workspaces.pop(found[0]))
+        self._arguments.append((begin, end))
+        return True
 
     def empty(self, shape, dtype):
         """A workspace; see `Queue.empty`."""
