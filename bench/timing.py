@@ -7,6 +7,8 @@ import numpy as np
 
 #: The two clocks may differ by this share and this many seconds, the cost of reading them.
 CLOCK_SHARE, CLOCK_SECONDS = 0.05, 100e-6
+#: How often one sample is taken when they do: the host may lose the processor between two readings.
+ATTEMPTS = 3
 
 
 class MeasuringError(Exception):
@@ -76,6 +78,17 @@ def sample(device, call, numbers):
     return elapsed / len(numbers), (issued - begin) / len(numbers)
 
 
+def trusted_sample(device, call, numbers, prepare):
+    """`sample` after prepare(), taken again where the clocks disagree. Raises MeasuringError if they always do."""
+    for attempt in range(ATTEMPTS):
+        prepare()
+        try:
+            return sample(device, call, numbers)
+        except MeasuringError:
+            if attempt == ATTEMPTS - 1:
+                raise
+
+
 def measure(device, call, sets, *, budget, sample_seconds=4e-3, least=5, most=30, prepare=None):
     """Times call(number of a set), going round the sets, for about `budget` seconds.
 
@@ -88,19 +101,16 @@ def measure(device, call, sets, *, budget, sample_seconds=4e-3, least=5, most=30
         Timing, and the numbers of the sets that the last sample used, in order.
     """
     prepare = prepare or (lambda: None)
-    prepare()
-    estimate, _ = sample(device, call, sets.following(1))
+    estimate, _ = trusted_sample(device, call, sets.following(1), prepare)
     if estimate < sample_seconds:  # one call alone is mostly latency
         calls = min(sets.count, max(1, int(sample_seconds / 4 / estimate)))
-        prepare()
-        estimate, _ = sample(device, call, sets.following(calls))
+        estimate, _ = trusted_sample(device, call, sets.following(calls), prepare)
     calls = int(max(1, min(sets.count * 4, sample_seconds / estimate)))
     samples = int(max(least, min(most, budget / (calls * estimate))))
     seconds, host_seconds, numbers = [], [], []
     for _ in range(samples):
-        prepare()
         numbers = sets.following(calls)
-        elapsed, issue = sample(device, call, numbers)
+        elapsed, issue = trusted_sample(device, call, numbers, prepare)
         seconds.append(elapsed)
         host_seconds.append(issue)
     return Timing.of(seconds, host_seconds, calls), numbers

@@ -436,6 +436,25 @@ def test_clocks_that_disagree_are_a_measuring_error():
             timing.check_clocks(device_seconds, 1.0)
 
 
+@pytest.mark.parametrize(("lies", "trusted"), [(2, True), (3, False)])
+def test_a_sample_is_taken_again_where_the_clocks_disagree(lies, trusted, monkeypatch):
+    """A host that loses the processor once is no wrong clock; one that always disagrees is."""
+    calls, wrong = [], [True] * lies
+
+    def check(device_seconds, host_seconds):
+        if wrong and wrong.pop():
+            raise timing.MeasuringError("clock")
+
+    monkeypatch.setattr(timing, "check_clocks", check)
+    arguments = Cpu(), calls.append, [7, 8], lambda: calls.append("prepared")
+    if trusted:
+        seconds, _ = timing.trusted_sample(*arguments)
+        assert seconds >= 0 and calls == ["prepared", 7, 8] * (lies + 1)
+    else:
+        with pytest.raises(timing.MeasuringError):
+            timing.trusted_sample(*arguments)
+
+
 def test_a_kernel_that_fails_does_not_end_the_run(capsys):
     class Broken(GELU):
         def call(self, *arguments, **options):
