@@ -192,7 +192,7 @@ def _jobs(chosen, options):
             for direction in operation.directions(problem):
                 if not options.direction or direction in options.direction:
                     yield operation, problem, direction, mode, _peers(problem, direction, options)
-            if options.train and ("sweep" not in problem.tags or options.problems):
+            if options.train and not problem.channels_last and ("sweep" not in problem.tags or options.problems):
                 yield operation, problem, "train", mode, _peers(problem, "train", options)
 
 

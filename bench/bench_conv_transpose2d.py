@@ -36,21 +36,24 @@ class ConvTranspose2d(Operation):
         Problem(NAME, "model-add-min-gelu-mul", MODEL_ADD_MIN, {"epilogue": add_min_gelu_mul}, ("model",)),
         Problem(NAME, "alone-1024", ALONE_LARGE, {"epilogue": nothing}, ("alone",)),
         Problem(NAME, "alone-grouped-dilated", ALONE_GROUPED, {"epilogue": nothing}, ("alone",)),
+        Problem(NAME, "channels-last-add-min-gelu-mul", MODEL_ADD_MIN, {"epilogue": add_min_gelu_mul}, ("layout",)),
+        Problem(NAME, "channels-last-1024", ALONE_LARGE, {"epilogue": nothing}, ("layout",)),
         *(Problem(NAME, f"sweep-{key}", size, {"epilogue": nothing}, ("sweep",)) for key, size in SWEEP.items()),
         Problem(NAME, "quick", QUICK, {"epilogue": nothing}, ("quick",)),
         Problem(NAME, "quick-add-min-gelu-mul", QUICK, {"epilogue": add_min_gelu_mul}, ("quick",)),
+        Problem(NAME, "quick-channels-last", QUICK, {"epilogue": nothing}, ("quick", "layout")),
     )
 
     def directions(self, problem):
         """The two gradients one by one; behind an epilogue, all that a backward pass does (direction "backward")."""
-        if problem["epilogue"] is nothing:
+        if problem["epilogue"] is nothing and not problem.channels_last:
             return "forward", "input_gradient", "weight_gradient"
-        return "forward", "backward"
+        return super().directions(problem)
 
     def inputs(self, problem, direction):
         conv = problem.size
         image, weight, grad = (
-            Input(conv.input_shape),
+            Input(conv.input_shape, channels_last=problem.channels_last),
             Input(conv.weight_shape, conv.weight_scale),
             Input(conv.output_shape),
         )

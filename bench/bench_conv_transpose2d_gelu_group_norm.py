@@ -26,13 +26,15 @@ class ConvTranspose2dGELUGroupNorm(Operation):
     differentiable = ("input", "weight", "conv_bias", "norm_weight", "norm_bias")
     problems = (
         Problem(NAME, "model", MODEL_GROUP_NORM, {"groups": 8}, ("model",)),
+        Problem(NAME, "channels-last", MODEL_GROUP_NORM, {"groups": 8}, ("layout",)),
         Problem(NAME, "quick", QUICK, {"groups": 2}, ("quick",)),
     )
 
     def inputs(self, problem, direction):
         conv = problem.size
         channels = (conv.out_channels,)
-        image, weight = Input(conv.input_shape), Input(conv.weight_shape, conv.weight_scale)
+        image = Input(conv.input_shape, channels_last=problem.channels_last)
+        weight = Input(conv.weight_shape, conv.weight_scale)
         norm_weight = Input(channels, 0.5, 1.0)
         if direction == "forward":
             vectors = {"conv_bias": Input(channels, 0.5), "norm_weight": norm_weight, "norm_bias": Input(channels, 0.5)}

@@ -18,12 +18,16 @@ class ConvTranspose2dMinSumGELUAdd(Operation):
     has_precision = True
     differentiable = ("input", "weight", "conv_bias", "bias")
     is_discontinuous = True
-    problems = (Problem(NAME, "model", MODEL_MIN_SUM, tags=("model",)), Problem(NAME, "quick", QUICK, tags=("quick",)))
+    problems = (
+        Problem(NAME, "model", MODEL_MIN_SUM, tags=("model",)),
+        Problem(NAME, "channels-last", MODEL_MIN_SUM, tags=("layout",)),
+        Problem(NAME, "quick", QUICK, tags=("quick",)),
+    )
 
     def inputs(self, problem, direction):
         conv = problem.size
         scale = FORWARD_SCALE / conv.out_size[0]
-        image = Input(conv.input_shape)
+        image = Input(conv.input_shape, channels_last=problem.channels_last)
         if direction == "forward":
             return {
                 "input": image,

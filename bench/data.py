@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rawkern.launchers.layout import is_channels_last
 from rawkern.runtime import accumulator, bfloat16
 
 from .timing import Turn
@@ -35,6 +36,8 @@ class Input:
     #: Another dtype than the problem's: "float64" for statistics, "accumulator" for sums, "int32" for an index, which
     #: is drawn from range(int(scale)).
     dtype: str | None = None
+    #: Whether (N, C, H, W) lies in memory as (N, H, W, C).
+    channels_last: bool = False
 
     @property
     def size(self):
@@ -86,14 +89,18 @@ def to_float64(array):
     return array.astype(np.int64 if array.dtype.kind == "i" else np.float64)
 
 
-def empty_sets(device, count, shape, dtype):
+def empty_sets(device, count, shape, dtype, channels_last=False):
     """`count` arrays of one shape, each aligned, in one allocation."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64))
     step = -(-size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
     storage = np.dtype(f"i{dtype.itemsize}") if dtype == bfloat16 else dtype
     memory = device.xp.empty((count, max(step, 1)), storage).view(dtype)
-    return [memory[i, :size].reshape(shape) for i in range(count)], memory
+    views = [memory[i, :size] for i in range(count)]
+    if channels_last:
+        batch, channels, height, width = shape
+        return [view.reshape(batch, height, width, channels).transpose(0, 3, 1, 2) for view in views], memory
+    return [view.reshape(shape) for view in views], memory
 
 
 def poison(array):
@@ -145,7 +152,7 @@ class Sets(Turn):
         self.outputs = [[] for _ in range(self.count)]
         self._output_memory = []
         for number, (name, spec) in enumerate(specification.items()):
-            views, memory = empty_sets(device, self.count, spec.shape, spec.dtype_for(dtype))
+            views, memory = empty_sets(device, self.count, spec.shape, spec.dtype_for(dtype), spec.channels_last)
             fill_random(device.xp, memory.reshape(-1), 1000 * seed + number, spec.scale, spec.offset)
             for values, view in zip(self.inputs, views, strict=True):
                 values[name] = view
@@ -154,9 +161,9 @@ class Sets(Turn):
             self._evict = device.xp.empty(enough_bytes, np.int8)
 
     def add_outputs(self, outputs):
-        """Adds arrays of these (shape, dtype) to every set."""
-        for shape, dtype in outputs:
-            views, memory = empty_sets(self.device, self.count, shape, dtype)
+        """Adds arrays of the shapes, dtypes and layouts of these to every set."""
+        for output in outputs:
+            views, memory = empty_sets(self.device, self.count, output.shape, output.dtype, is_channels_last(output))
             self._output_memory.append(memory)
             for arrays, view in zip(self.outputs, views, strict=True):
                 arrays.append(view)

@@ -15,7 +15,8 @@ class Problem:
         op: the op's name; name: the problem's own; `full_name` joins them.
         size: what the op's file needs to know about it (a Convolution, a shape, ...).
         options: further parameters by name, such as the epilogue or the number of groups.
-        tags: "model" for the three models, "alone" for the convolution alone, "sweep", "quick".
+        tags: "model" for the three models, "alone" for the convolution alone, "layout" for the same on channels-last
+            input, "sweep", "quick".
     """
 
     op: str
@@ -30,6 +31,11 @@ class Problem:
 
     def __getitem__(self, option):
         return self.options[option]
+
+    @property
+    def channels_last(self):
+        """Whether images lie in memory as (N, H, W, C)."""
+        return "layout" in self.tags
 
 
 class Operation:
@@ -51,7 +57,7 @@ class Operation:
 
     def directions(self, problem):
         """What can be timed: "forward", and the gradients."""
-        return "forward", "backward"
+        return ("forward",) if problem.channels_last else ("forward", "backward")
 
     def inputs(self, problem, direction):
         """The arrays a call takes, by name: data.Input. Forward inputs are the arguments of `torch`'s function."""

@@ -97,7 +97,7 @@ def _measure_launcher(context, operation, problem, direction, mode, cost, row):
         first = launch(sets.inputs[1])
         device.synchronize()
     row.peak_memory = most[0] + sum(array.nbytes for array in sets.inputs[0].values())
-    sets.add_outputs([(result.shape, result.dtype) for result in first])
+    sets.add_outputs(first)
     del first
     returned = {}
 
