@@ -28,7 +28,8 @@ struct WeightGradientTapsParams {
   void* partial;
   int64 in_strides[4];
   int64 out_strides[4];
-  int64 row_pixels;  // batch * in width: the row of all images side by side
+  int64 next[2], apart[2];  // in bytes, of x and of gy; see RowSteps
+  int64 row_pixels;         // batch * in width: the row of all images side by side
   int64 slices, units, slice_units;
   int in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
   int groups, rows, columns;
@@ -114,6 +115,7 @@ struct WeightGradientTaps {
   struct Staged {
     typename Share::template Input<T, kRows, kWarps> x;
     typename Share::template GradOutput<T, kColumns, kWarps> y;
+    typename Share::template Requests<T, kRows, kThreads> requests;
   };
 
   // What a step does, as bits: is there one at all, does it stage a row of x, does this warpgroup multiply?
@@ -156,17 +158,6 @@ struct WeightGradientTaps {
     Products::publish();  // before the next loads, for which this would wait
   }
 
-  // Requests the rows after those of step `ahead`, of which `row` is x's; the last threads do, who load least.
-  __device__ static void prefetch(const Storage& shared, const Strip2d<kPixels> (&strip)[2], const TapsWalk& ahead,
-                                  int taps, int row, int first_out_row, const Params& p) {
-    int index = kThreads - 1 - opaque(int(threadIdx.x));
-    if (index < kRows) {
-      if (ahead.local + 1 < ahead.length) Share::prefetch(shared.x, row, strip[0], index);
-    } else if (ahead.local + 2 < ahead.length + taps) {
-      Share::prefetch(shared.y, row * p.stride[0] + first_out_row, strip[1], index - kRows);
-    }
-  }
-
   __device__ static void run(const Params& p) {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
     TapsPlace place(linear_block(), p, kRows, kTaps);
@@ -187,13 +178,22 @@ struct WeightGradientTaps {
     if (ahead.done()) return;
     int table = 0, taps = place.taps_h, first_out_row = place.tap_h * p.dilation[0] - p.padding[0];
     Staged staged;
+    RowSteps steps[2] = {{p.next[0], p.apart[0], p.in_size[0], p.row_step},
+                         {p.next[1], p.apart[1], p.out_size[0], p.row_step * p.stride[0]}};
     // Loads the next step and goes beyond it; returns the step's bits.
     auto load_next = [&]() {
       if (ahead.done()) return 0;
-      int row = ahead.first_row + ahead.local * p.row_step;
-      if (ahead.local < ahead.length) staged.x.load(shared.x, row, shared.strip[table][0], warp);
-      staged.y.load(shared.y, row * p.stride[0] + first_out_row, shared.strip[table][1], warp);
-      prefetch(shared, shared.strip[table], ahead, taps, row + p.row_step, first_out_row, p);
+      const Strip2d<kPixels>(&strip)[2] = shared.strip[table];
+      int row = ahead.first_row + ahead.local * p.row_step, out_row = row * p.stride[0] + first_out_row;
+      if (ahead.local == 0) {
+        staged.x.begin(shared.x, row, strip[0], warp);
+        staged.y.begin(shared.y, out_row, strip[1], warp);
+        staged.requests.begin(shared.x, shared.y, row, out_row, strip, steps);
+      }
+      if (ahead.local < ahead.length) staged.x.load(shared.x, row, strip[0], warp, steps[0]);
+      staged.y.load(shared.y, out_row, strip[1], warp, steps[1]);
+      int left[2] = {ahead.length - 1 - ahead.local, ahead.length - 1 - ahead.local + taps - 1};
+      staged.requests.next(shared.x, shared.y, row + steps[0].rows, out_row + steps[1].rows, strip, left, steps);
       int age = ahead.local - tap, step = kStep;
       if (ahead.local < ahead.length) step |= kStagesInput;
       if (tap < taps && age >= 0 && age < ahead.length) step |= kMultiplies;
