@@ -57,7 +57,7 @@ struct TileRows {
 // lane has.
 struct RowSteps {
   int64 next, apart;
-  int height, rows;  // of the image; rows of the image from one step to the next
+  int height, rows, odd;  // of the image; rows of the image from one step to the next; see TileRows
 };
 
 __device__ inline unsigned bits_of(float value) { return __float_as_uint(value); }
@@ -151,7 +151,7 @@ struct PixelRows : NothingKept {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp * kEach >= kRows) return;
 #pragma unroll
@@ -197,7 +197,7 @@ struct ChannelRows : NothingKept {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int later = kPack == 2 ? threadIdx.x / 4 % 2 : 0;  // which of two rows comes second, for the banks' sake
     int item = warp * kEach, row = row_of(item);
     if (item >= kItems || row >= kRows) return;
@@ -252,7 +252,7 @@ struct WordRows : NothingKept {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp >= kSharers) return;
     unsigned char* to = tile + swizzled(warp, lane / 4) + lane % 4 * 4;
@@ -291,7 +291,7 @@ struct WindowRows : NothingKept {
     }
   }
 
-  __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp, count = taps(rows), tap_rows = rows.tap_rows, dilation = rows.dilation;
     unsigned staged[kEach][2];
 #pragma unroll
@@ -359,7 +359,7 @@ struct UnitRows {
     at += steps.next;
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     if (warp < kFirst) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -383,14 +383,14 @@ struct ThreeTapRows {
   static_assert(kEach * kMore <= kWarp, "the warp's lanes suffice for what is beyond the strip");
   unsigned words[kEach], more;
   uint64 at, more_at;
-  int left, odd;  // channels that exist, from the warp's first on; whether the first tap begins at an odd column
+  int left;               // channels that exist, from the warp's first on
   int later, more_place;  // of `more`: how many words after the strip's last (many: none), and where that one goes
   bool more_exists;
 
   __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
     int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane / kMore * kWarps;
     int column = strip.column[0] - rows.odd;
-    later = lane % kMore, odd = rows.odd;
+    later = lane % kMore;
     left = rows.exists(column + lane * kPack) ? rows.channels - first : 0;
     more_exists = later < kMore - 1 && channel < rows.channels && rows.exists(column + (kWarp - 1 + later) * kPack);
     const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
@@ -415,8 +415,8 @@ struct ThreeTapRows {
     more_at += steps.next;
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
-    if (kPack == 2 && odd)
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    if (kPack == 2 && steps.odd)
       put<kPack - 1>(tile, warp);
     else
       put<0>(tile, warp);
@@ -454,6 +454,90 @@ struct ThreeTapRows {
       if (later <= distance && (straddles || later > 0))
         *reinterpret_cast<unsigned*>(tile + more_place + tap * kTapBytes - distance * 4) =
             straddles ? straddling[kEach] : whole[kEach];
+    }
+  }
+};
+
+// The same for a stride of 2. The word of pixel p at tap t is number 2 p + t: a lane has two words of each channel,
+// which the first two taps take, and the third takes the next lane's first one. Of 16-bit values, a word of pixels is
+// made of halves of two such words: of both of the lane's, or of its second and the next lane's first. What the last
+// lane needs, `more`, a lane has for each channel.
+template <class T, int kRows, int kWarps>
+struct ThreeTapStride2Rows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps;
+  static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
+  static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
+  unsigned words[kEach][2], more;
+  uint64 at, more_at;
+  int left[2];  // channels of which the lane's words exist, from the warp's first on
+  bool more_exists;
+
+  __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane * kWarps;
+    int column = strip.column[0] - rows.odd;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) left[k] = rows.exists(column + (lane * 2 + k) * kPack) ? rows.channels - first : 0;
+    more_exists = lane < kEach && channel < rows.channels && rows.exists(column + 2 * kWarp * kPack);
+    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
+    at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * 2 * kPack);
+    more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + 2 * kWarp * kPack);
+  }
+
+  __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
+    bool row_exists = unsigned(image_row) < unsigned(steps.height);
+    int channels[2] = {row_exists ? left[0] : 0, row_exists ? left[1] : 0};
+    uint64 from = at;
+    int64 apart = opaque(steps.apart);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        words[i][k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
+      from += apart;
+    }
+    more = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    at += steps.next;
+    more_at += steps.next;
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    if (kPack == 2 && steps.odd)
+      put<kPack - 1>(tile, warp);
+    else
+      put<0>(tile, warp);
+  }
+
+  template <int kOdd>
+  __device__ void put(unsigned char* tile, int warp) const {
+    constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
+    int lane = threadIdx.x % kWarp, place = warp * kSwizzledRow + ((lane / 4 ^ (warp & 7)) << 4) + lane % 4 * 4;
+    bool has_last = kLast >= kWarps || opaque(warp) < kLast;
+    unsigned char *even = tile + place, *odd_row = tile + (place ^ 64);
+    unsigned own[kEach][2], next[kEach], beyond = staged_word<T>(more);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) own[i][k] = staged_word<T>(words[i][k]);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {  // all before the first store, so that they do not wait for each other
+      next[i] = __shfl_sync(kFullMask, own[i][0], lane + 1);
+      unsigned last = __shfl_sync(kFullMask, beyond, i);
+      if (lane == kWarp - 1) next[i] = last;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      unsigned first = own[i][0], second = own[i][1], third = next[i];
+      unsigned of_tap[kTaps] = {first, second, third};
+      if (kPack == 2) {
+        of_tap[kOdd ? 1 : 2] = __byte_perm(second, third, 0x5410);
+        of_tap[kOdd ? 2 : 1] = kOdd ? __byte_perm(second, third, 0x7632) : __byte_perm(first, second, 0x7632);
+        of_tap[0] = __byte_perm(first, second, kOdd ? 0x7632 : 0x5410);
+      }
+      unsigned char* row = (i * kWarps & 4 ? odd_row : even) + i * kWarps * kSwizzledRow;
+      if (i < kEach - 1 || has_last) {
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = of_tap[tap];
+      }
     }
   }
 };
@@ -503,12 +587,12 @@ struct Requests {
   }
 };
 
-// Requests the rows of the next step but one, where pixels are neighbours: a thread has one of the two lines on which a
-// channel's words lie, and goes from row to row with it.
-template <class T, int kRows, int kThreads>
+// Requests the rows of the next step but one, where pixels are neighbours: a thread has one of the lines on which a
+// channel's words lie (of gy, kGradOutputLines), and goes from row to row with it.
+template <int kGradOutputLines, class T, int kRows, int kThreads>
 struct LineRequests {
   static constexpr int kAhead = 2, kInputThreads = 2 * kRows, kPixels = kWarp * WordOfPixels<T>::kPack;
-  static_assert(kInputThreads % kWarp == 0 && kThreads >= 2 * kInputThreads, "a thread for each line");
+  static_assert(kInputThreads % kWarp == 0 && kThreads >= kInputThreads + 64 * kGradOutputLines, "a thread for each");
   uint64 line;
   bool exists;
 
@@ -518,11 +602,12 @@ struct LineRequests {
   __device__ void begin(const TileRows<T>& x, const TileRows<T>& y, int row, int out_row, const Strip (&strip)[2],
                         const RowSteps (&steps)[2]) {
     int thread = opaque(int(threadIdx.x)), of_y = thread < kInputThreads ? 0 : 1;
-    int index = thread - of_y * kInputThreads, channel = index / 2;
+    int index = thread - of_y * kInputThreads, lines = of_y ? kGradOutputLines : 2, channel = index / lines;
     const TileRows<T>& rows = of_y ? y : x;
-    int first = strip[of_y].column[0], last = first + kPixels - 1 + (of_y ? 2 : 0);
-    int column = index % 2 ? minimum_of(last, rows.width - 1) : first < 0 ? 0 : first;
-    exists = channel < rows.channels && rows.exists(column);
+    int first = strip[of_y].column[0], length = of_y ? (kPixels - 1) * y.column_step + 2 : kPixels - 1;
+    int column = minimum_of(first + length * (index % lines) / (lines - 1), rows.width - 1);
+    if (column < 0) column = 0;
+    exists = channel < rows.channels;
     const T* at = rows.channel_at(0, channel, of_y ? out_row : row) + strip[of_y].offset[0] + (column - first);
     line = reinterpret_cast<uint64>(at) + kAhead * (of_y ? steps[1].next : steps[0].next);
   }
@@ -552,7 +637,11 @@ struct AlongChannels : Sharing<ChannelRows, ChannelRows, PixelRequests> {};
 struct AlongWindows : Sharing<WordRows, WindowRows, ChannelRequests> {};
 struct AlongThreeTaps : Sharing<UnitRows, ThreeTapRows, ChannelRequests> {
   template <class T, int kRows, int kThreads>
-  using Requests = LineRequests<T, kRows, kThreads>;
+  using Requests = LineRequests<2, T, kRows, kThreads>;
+};
+struct AlongThreeTapsStride2 : Sharing<UnitRows, ThreeTapStride2Rows, ChannelRequests> {
+  template <class T, int kRows, int kThreads>
+  using Requests = LineRequests<4, T, kRows, kThreads>;
 };
 
 }  // namespace rawkern

@@ -152,11 +152,15 @@ struct WeightGradientTaps {
     y.odd = (first_column - p.padding[1]) & (WordOfPixels<T>::kPack - 1);
   }
 
-  __device__ static void store(const Staged& staged, int step, Storage& shared, int stage, int slot, int warp) {
-    if (step & kStep) staged.y.store(shared.y, shared.stage[stage], warp);
-    if (step & kStagesInput) staged.x.store(shared.x, shared.slot[slot], warp);
+  __device__ static void store(const Staged& staged, int step, Storage& shared, int stage, int slot, int warp,
+                               const RowSteps (&steps)[2]) {
+    if (step & kStep) staged.y.store(shared.y, shared.stage[stage], warp, steps[1]);
+    if (step & kStagesInput) staged.x.store(shared.x, shared.slot[slot], warp, steps[0]);
     Products::publish();  // before the next loads, for which this would wait
   }
+
+  // From a shuffle, so that the compiler sees that a warp does not diverge.
+  __device__ static int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
 
   __device__ static void run(const Params& p) {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
@@ -178,8 +182,8 @@ struct WeightGradientTaps {
     if (ahead.done()) return;
     int table = 0, taps = place.taps_h, first_out_row = place.tap_h * p.dilation[0] - p.padding[0];
     Staged staged;
-    RowSteps steps[2] = {{p.next[0], p.apart[0], p.in_size[0], p.row_step},
-                         {p.next[1], p.apart[1], p.out_size[0], p.row_step * p.stride[0]}};
+    RowSteps steps[2] = {{p.next[0], p.apart[0], p.in_size[0], p.row_step, 0},
+                         {p.next[1], p.apart[1], p.out_size[0], p.row_step * p.stride[0], p.padding[1] & 1}};
     // Loads the next step and goes beyond it; returns the step's bits.
     auto load_next = [&]() {
       if (ahead.done()) return 0;
@@ -203,20 +207,19 @@ struct WeightGradientTaps {
     if (threadIdx.x == 0) write_rows(shared.x, shared.y, p, place);
     write_strip(shared.strip[0], ahead.strip(p), p);
     __syncthreads();
-    int now = load_next();
-    store(staged, now, shared, 0, 0, warp);
+    int now = uniform(load_next());
+    store(staged, now, shared, 0, 0, warp, steps);
     __syncthreads();
-    int next = load_next();
+    int next = uniform(load_next());
     for (int stage = 0, slot = 0; now != 0;) {
       int next_stage = stage + 1 < kStages ? stage + 1 : 0, next_slot = slot + 1 < kSlots ? slot + 1 : 0;
       const unsigned char* x = shared.slot[slot < tap ? slot - tap + kSlots : slot - tap] + part * 64 * kSwizzledRow;
       const unsigned char* y = shared.stage[stage];
-      // From a shuffle, so that the compiler sees that a warpgroup does not diverge.
-      bool multiplies = (__shfl_sync(kFullMask, now, 0) & kMultiplies) != 0;
+      bool multiplies = (now & kMultiplies) != 0;
       __syncthreads();
       if (Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
-      store(staged, next, shared, next_stage, next_slot, warp);
-      now = next, next = load_next();
+      store(staged, next, shared, next_stage, next_slot, warp, steps);
+      now = next, next = uniform(load_next());
       if (!Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
       Products::await_previous();
       stage = next_stage, slot = next_slot;

@@ -106,7 +106,9 @@ class Block:
 #: there is one row tap, two tiles of input channels.
 _SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64, 1), (2, 256, 2), (2, 128, 2))
 #: How threads share out what is staged; see weight_gradient_staging.cuh.
-PIXELS, CHANNELS, WINDOWS, THREE_TAPS = "AlongPixels", "AlongChannels", "AlongWindows", "AlongThreeTaps"
+PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
+#: For kernels of width 3, by their stride.
+THREE_TAPS = {1: "AlongThreeTaps", 2: "AlongThreeTapsStride2"}
 #: Rows of x that a lane has in UnitRows lie so far apart.
 _UNIT_ROWS = 32
 
@@ -121,7 +123,7 @@ def blocks(itemsize, asynchronous, share):
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
-    if share == THREE_TAPS:
+    if share in THREE_TAPS.values():
         too_large |= {shape for shape in _SHAPES if shape[0] != 3}
     return tuple(Block(*shape, asynchronous) for shape in _SHAPES if shape not in too_large)
 
@@ -167,10 +169,13 @@ def share_of(geometry, input, grad_output):
     pixels = _ROW_BYTES // input.itemsize
     whole_words = input.itemsize == 4 or geometry.output_size[1] % 2 == 0
     whole_strips = whole_words and geometry.input_size[1] % pixels == 0
-    reach = geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW
-    if reach and whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays):
-        three = geometry.kernel[1] == 3 and geometry.dilation[1] == 1
-        return THREE_TAPS if three and _whole_units(input, strides[0]) else WINDOWS
+    if not (whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays)):
+        return PIXELS
+    three_taps = THREE_TAPS.get(geometry.stride[1])
+    if three_taps and geometry.kernel[1] == 3 and geometry.dilation[1] == 1 and _whole_units(input, strides[0]):
+        return three_taps
+    if geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW:
+        return WINDOWS
     return PIXELS
 
 
@@ -205,7 +210,7 @@ def _tile_taps(geometry, block, share):
         channels = block.columns // taps
         if block.columns % (16 * taps) or channels % (block.columns // (4 * block.warpgroups)):
             continue  # a warp's rows must be of one tap
-        if share == THREE_TAPS and taps != 3:
+        if share in THREE_TAPS.values() and taps != 3:
             continue
         if share == WINDOWS and not (taps > 1 and (taps - 1) * geometry.dilation[1] <= _WINDOW):
             continue
@@ -345,6 +350,6 @@ def _kernel(dtype, block, share):
 def kernels():
     """Every instantiation, for the tests that compile them all."""
     for dtype, asynchronous in itertools.product(DTYPES, (False, True)):
-        for share in (PIXELS, CHANNELS, WINDOWS, THREE_TAPS):
+        for share in (PIXELS, CHANNELS, WINDOWS, *THREE_TAPS.values()):
             for block in blocks(dtype.itemsize, asynchronous, share):
                 yield _kernel(dtype, block, share)
