@@ -2,15 +2,21 @@
 //
 // A tile has one row of 128 bytes for each channel (of x), or for each pair of a tap and a channel (of gy); along it
 // lie the 32 words of a strip of pixels: one TF32 value each, rounded here, or two 16-bit values. What does not exist
-// is zero. Three ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
+// is zero. Ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
 //     AlongPixels    a warp has several rows, a lane a word of each. Any strides.
 //     AlongChannels  a lane has a row (two rows of 16-bit values, read as one word, for which channels must be
 //                    neighbours in memory), a warp 16 bytes of each.
 //     AlongWindows   stride 1, pixels neighbours in memory, a strip within one image; of 16-bit values, an even width
 //                    of gy and words at even columns whole in memory: a warp has several channels, a lane two words of
 //                    the window that all taps see, which each tap puts into its own row.
+//     AlongThreeTaps, AlongThreeTapsStride2
+//                    kernels of width 3, dilation 1, stride 1 or 2; otherwise as AlongWindows, and rows of x at
+//                    multiples of 16 bytes: a lane has 16 bytes of a row of x, and of gy a word (two, stride 2) of
+//                    each of the warp's channels, which is loaded and rounded once for the three taps.
 // All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
-// number of instructions: where all that a warp loads exists, it asks once instead of for each element.
+// number of instructions: where all that a warp loads exists, it asks once instead of for each element. The rows of
+// three taps keep their addresses from step to step (begin() forms them where a strip begins); the others find them
+// anew from TileRows.
 #pragma once
 #include "index_space.cuh"
 #include "opaque.cuh"
