@@ -197,9 +197,16 @@ def _sweep_blocks():
 
 def sweep_conv_transpose2d_weight_gradient():
     """On tensor cores: each kind of instruction and way of staging, with channels and pixels that end in a tile."""
+    cases = (  # width, kernel's width, stride, padding, arrangement
+        (9, 3, 1, 1, np.ascontiguousarray),
+        (9, 3, 1, 1, channels_last),
+        (64, 5, 1, 1, np.ascontiguousarray),
+        *((64, 3, stride, padding, np.ascontiguousarray) for stride in (1, 2) for padding in (0, 1)),
+    )
     for arch, dtype in itertools.product(("sm_90a", "sm_80"), (np.dtype("float32"), np.dtype("float16"))):
-        for width, arrange in ((9, np.ascontiguousarray), (9, channels_last), (64, np.ascontiguousarray)):
-            geometry = Geometry.of((2, 18, 5, width), (18, 22, 3, 3), 1, 1)
+        for width, kernel, stride, padding, arrange in cases:
+            shapes = (2, 18, 5, width), (18, 22, 3, kernel)
+            geometry = Geometry.of(*shapes, (1, stride), (1, padding), (0, stride - 1))
             input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
             with architecture(arch):
                 weight_gradient(arrange(input), arrange(grad), geometry, precision="tf32")

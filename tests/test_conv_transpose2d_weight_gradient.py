@@ -46,7 +46,21 @@ def backwards(array):
     return array[:, ::-1, ::-1, ::-1].copy()[:, ::-1, ::-1, ::-1]
 
 
-LAYOUTS = {"plain": np.ascontiguousarray, "channels-last": channels_last, "holes": every_other, "backwards": backwards}
+def eight_bytes_on(array):
+    """Contiguous, whole words, but no rows at multiples of 16 bytes."""
+    before = 8 // array.itemsize
+    memory = np.full(array.size + before, np.nan, array.dtype)
+    memory[before:] = array.ravel()
+    return memory[before:].reshape(array.shape)
+
+
+LAYOUTS = {
+    "plain": np.ascontiguousarray,
+    "channels-last": channels_last,
+    "holes": every_other,
+    "backwards": backwards,
+    "eight bytes on": eight_bytes_on,
+}
 
 #: (N, C_in, H, W), (C_in, C_out / groups, kH, kW), stride, padding, output_padding, groups, dilation
 CASES = {
@@ -64,6 +78,11 @@ CASES = {
     "whole strips, the widest window": ((1, 16, 3, 64), (16, 40, 1, 3), 1, (0, 5), 0, 1, (1, 16)),
     "whole strips, taps beyond a window": ((1, 16, 2, 64), (16, 16, 1, 2), 1, 0, 0, 1, (1, 33)),
     "whole strips, dilated window at an odd column": ((1, 48, 4, 128), (48, 70, 2, 5), 1, (0, 3), 0, 1, (1, 3)),
+    "whole strips, padded": ((1, 64, 3, 128), (64, 70, 3, 3), 1, 1, 0, 1, 1),
+    "whole strips, padding beyond the kernel": ((1, 17, 12, 128), (17, 16, 3, 3), 1, 5, 0, 1, 1),
+    "whole strips, stride 2": ((2, 64, 5, 64), (64, 64, 3, 3), 2, 1, 1, 1, 1),
+    "whole strips, stride 2, no padding": ((1, 40, 4, 128), (40, 70, 3, 3), 2, 0, 1, 1, 1),
+    "whole strips, stride 2, padding beyond the kernel": ((2, 36, 9, 64), (36, 20, 3, 3), (1, 2), 5, (0, 1), 2, (2, 1)),
     "padding beyond the kernel": ((1, 16, 12, 14), (16, 16, 3, 3), 1, 4, 0, 1, 1),
 }
 
@@ -106,6 +125,7 @@ def test_layouts(layouts, dtype):
     check_exact(case, dtype, [LAYOUTS[layout] for layout in layouts])
 
 
+SHARES = (taps.PIXELS, taps.CHANNELS, taps.WINDOWS, *taps.THREE_TAPS.values())
 BLOCKS = {
     f"{itemsize * 8} bit, {share}, {block.warpgroups} {block.columns} {block.spread}, {arch}": (
         itemsize,
@@ -113,7 +133,7 @@ BLOCKS = {
         share,
         block,
     )
-    for itemsize, arch, share in itertools.product((4, 2), ARCHITECTURES, (taps.PIXELS, taps.CHANNELS, taps.WINDOWS))
+    for itemsize, arch, share in itertools.product((4, 2), ARCHITECTURES, SHARES)
     for block in taps.blocks(itemsize, arch == "sm_90a", share)
 }
 
@@ -128,6 +148,9 @@ def test_every_block(name, monkeypatch):
     taps.taps_plan.cache_clear()
     try:
         case = ((2, 66, 37, 64), (66, 70, 4, 5), 1, (0, 1), 0, 1, (1, 2))
+        for stride, three_taps in taps.THREE_TAPS.items():
+            if share == three_taps:
+                case = ((2, 66, 37, 64), (66, 70, 4, 3), (1, stride), (0, 1), (0, stride - 1), 1, 1)
         layout = LAYOUTS["channels-last" if share == taps.CHANNELS else "plain"]
         dtype = torch.float32 if itemsize == 4 else torch.float16
         geometry = Geometry.of(*case)
@@ -191,11 +214,12 @@ def test_as_accurate_as_torch(dtype, device):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", ["plain", "channels-last"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_what_is_not_finite_stays_where_it_belongs(dtype, layout, arch, monkeypatch):
+@pytest.mark.parametrize("stride", (1, 2))
+def test_what_is_not_finite_stays_where_it_belongs(stride, dtype, layout, arch, monkeypatch):
     """Infinities and NaN of x and gy, in the first and last rows and columns, reach the taps and channels that torch
     says, among them none by way of pixels that are staged to fill a tile."""
     monkeypatch.setattr(Emulator, "arch", arch)
-    case = ((2, 16, 6, 64), (16, 16, 3, 3), 1, 1, 0, 1, 1)
+    case = ((2, 16, 6, 64), (16, 16, 3, 3), stride, 1, stride - 1, 1, 1)
     geometry = Geometry.of(*case)
     shapes = {"x": geometry.input_shape, "gy": geometry.output_shape}
     for name, row, column in itertools.product(shapes, (0, 3, -1), (0, 40, -1)):
@@ -204,6 +228,19 @@ def test_what_is_not_finite_stays_where_it_belongs(dtype, layout, arch, monkeypa
         array[0, 5, row, column], array[1, 9, row, column] = np.inf, np.nan
         result = weight_gradient(LAYOUTS[layout](x), LAYOUTS[layout](grad), geometry, precision="tf32")
         np.testing.assert_array_equal(result.astype("float64"), oracle(case, x, grad).astype(result.dtype))
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_how_tiles_are_staged(stride):
+    """The kernels of width 3 serve what they are for, and nothing whose rows are not aligned."""
+    geometry = Geometry.of((2, 16, 4, 64), (16, 16, 3, 3), stride, 1, stride - 1)
+    arrays = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
+    assert taps.share_of(geometry, *arrays) == taps.THREE_TAPS[stride]
+    otherwise = taps.WINDOWS if stride == 1 else taps.PIXELS
+    assert taps.share_of(geometry, eight_bytes_on(arrays[0]), arrays[1]) == otherwise
+    assert taps.share_of(geometry, arrays[0], eight_bytes_on(arrays[1])) == taps.THREE_TAPS[stride]
+    assert taps.share_of(geometry, *map(every_other, arrays)) == taps.PIXELS
+    assert taps.share_of(geometry, *map(channels_last, arrays)) == taps.CHANNELS
 
 
 def test_narrow_images_keep_what_is_not_finite_apart():

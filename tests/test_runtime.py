@@ -483,7 +483,8 @@ def test_matrix_product_places_every_element(device, operand):
     np.testing.assert_array_equal(product(device, operand, a, b, d), a @ b + d)
 
 
-def test_rounding_to_tf32(device):
+@pytest.mark.parametrize("operand", (False, True))
+def test_rounding_to_tf32(operand, device):
     random = np.random.default_rng(3).integers(0, 2**32, 100_000, dtype=np.uint32)
     ties = (random & np.uint32(0xFFFFE000)) | np.uint32(0x1000)
     words = np.concatenate(
@@ -492,10 +493,15 @@ def test_rounding_to_tf32(device):
     numbers = words.view(np.float32)
     finite = np.isfinite(numbers)
     output = on(device, np.zeros(len(numbers), np.uint32))
-    kernel = kernel_of("collectives.cu", "RoundTf32", 256, ("input", "u8"), ("output", "u8"), ("count", "i8"))
+    fields = ("input", "u8"), ("output", "u8"), ("count", "i8")
+    kernel = kernel_of("collectives.cu", f"RoundTf32<{str(operand).lower()}>", 256, *fields)
     launch(kernel, -(-len(numbers) // 256), input=on(device, numbers), output=output, count=len(numbers))
     rounded = back(output)
     expected = (words[finite].astype(np.uint64) + 0x1000) & 0xFFFFE000  # half away from zero, in sign and magnitude
+    if operand:
+        subnormal = np.abs(numbers[finite]) < np.finfo(np.float32).tiny
+        expected[subnormal] = words[finite][subnormal] & np.uint32(0xFFFFE000)  # only cut
+        assert subnormal.any()
     np.testing.assert_array_equal(rounded[finite] & np.uint32(0xFFFFE000), expected)
     read = (rounded & np.uint32(0xFFFFE000)).view(np.float32)  # what the unit reads
     np.testing.assert_array_equal(np.isnan(read), np.isnan(numbers))

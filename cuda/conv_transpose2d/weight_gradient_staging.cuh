@@ -2,15 +2,21 @@
 //
 // A tile has one row of 128 bytes for each channel (of x), or for each pair of a tap and a channel (of gy); along it
 // lie the 32 words of a strip of pixels: one TF32 value each, rounded here, or two 16-bit values. What does not exist
-// is zero. Three ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
+// is zero. Ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
 //     AlongPixels    a warp has several rows, a lane a word of each. Any strides.
 //     AlongChannels  a lane has a row (two rows of 16-bit values, read as one word, for which channels must be
 //                    neighbours in memory), a warp 16 bytes of each.
 //     AlongWindows   stride 1, pixels neighbours in memory, a strip within one image; of 16-bit values, an even width
 //                    of gy and words at even columns whole in memory: a warp has several channels, a lane two words of
 //                    the window that all taps see, which each tap puts into its own row.
+//     AlongThreeTaps, AlongThreeTapsStride2
+//                    kernels of width 3, dilation 1, stride 1 or 2; otherwise as AlongWindows, and rows of x at
+//                    multiples of 16 bytes: a lane has 16 bytes of a row of x, and of gy a word (two, stride 2) of
+//                    each of the warp's channels, which is loaded and rounded once for the three taps.
 // All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
-// number of instructions: where all that a warp loads exists, it asks once instead of for each element.
+// number of instructions: where all that a warp loads exists, it asks once instead of for each element. The rows of
+// three taps keep their addresses from step to step (begin() forms them where a strip begins); the others find them
+// anew from TileRows.
 #pragma once
 #include "index_space.cuh"
 #include "opaque.cuh"
@@ -53,6 +59,13 @@ struct TileRows {
   }
 };
 
+// How addresses move, in bytes: from the row of one step to that of the next, and between the rows of a tile that a
+// lane has.
+struct RowSteps {
+  int64 next, apart;
+  int height, rows, odd;  // of the image; rows of the image from one step to the next; see TileRows
+};
+
 __device__ inline unsigned bits_of(float value) { return __float_as_uint(value); }
 __device__ inline unsigned bits_of(Half value) { return value.bits; }
 __device__ inline unsigned bits_of(BFloat16 value) { return value.bits; }
@@ -65,7 +78,7 @@ struct WordOfPixels {
 template <>
 struct WordOfPixels<float> {
   static constexpr int kPack = 1;
-  __device__ static unsigned make(const unsigned (&bits)[1]) { return tf32_round(__uint_as_float(bits[0])); }
+  __device__ static unsigned make(const unsigned (&bits)[1]) { return tf32_operand(__uint_as_float(bits[0])); }
 };
 
 // An address that walks in equal steps, counted in bytes, which takes an addition where an index takes two shifts more.
@@ -94,13 +107,20 @@ __host__ __device__ constexpr int shares_of_warp(int shares, int warps) {
   return each;
 }
 
+// Rows that find their place anew in every step.
+struct NothingKept {
+  template <class Rows, class Strip>
+  __device__ void begin(const Rows&, int, const Strip&, int) {}
+};
+
 template <class T, int kRows, int kWarps>
-struct PixelRows {
+struct PixelRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kEach = shares_of_warp(kRows, kWarps);
   static_assert(kRows % kEach == 0 && (16 % kEach == 0 || kEach % 16 == 0), "a warp's rows belong to one tap");
   unsigned bits[kEach][kPack];
 
-  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp,
+                       const RowSteps&) {
     int lane = threadIdx.x % kWarp, first = opaque(warp) * kEach, tap = rows.tap(first);
     if (first >= kRows) return;
     int channel = first - tap * rows.tap_rows, displacement = rows.displacement(tap, image_row);
@@ -137,7 +157,7 @@ struct PixelRows {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp * kEach >= kRows) return;
 #pragma unroll
@@ -148,7 +168,7 @@ struct PixelRows {
 };
 
 template <class T, int kRows, int kWarps>
-struct ChannelRows {
+struct ChannelRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kBlock = kWarp * kPack, kUnits = 8, kRun = 4 * kPack;
   static constexpr int kItems = int(ceil_div(kRows, kBlock)) * kUnits, kEach = shares_of_warp(kItems, kWarps);
   static_assert(kUnits % kEach == 0, "a warp's units are neighbours in the same rows");
@@ -156,7 +176,8 @@ struct ChannelRows {
 
   __device__ static int row_of(int item) { return item / kUnits * kBlock + threadIdx.x % kWarp * kPack; }
 
-  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp,
+                       const RowSteps&) {
     constexpr int kLast = kEach * kRun - 1;
     int item = opaque(warp) * kEach, row = row_of(item), first = item % kUnits * kRun;
     if (item >= kItems) return;
@@ -182,7 +203,7 @@ struct ChannelRows {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int later = kPack == 2 ? threadIdx.x / 4 % 2 : 0;  // which of two rows comes second, for the banks' sake
     int item = warp * kEach, row = row_of(item);
     if (item >= kItems || row >= kRows) return;
@@ -219,12 +240,13 @@ __device__ inline unsigned staged_word(unsigned word) {
 
 // Rows of x by words of neighbouring pixels: of the warps that take part, each has every eighth row, with one swizzle.
 template <class T, int kRows, int kWarps>
-struct WordRows {
+struct WordRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kSharers = 8, kEach = kRows / kSharers;
   static_assert(kWarps >= kSharers, "every row has its warp");
   unsigned words[kEach];
 
-  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp,
+                       const RowSteps&) {
     int first = opaque(warp), left = rows.channels - first;
     if (first >= kSharers) return;
     const T* start = rows.channel_at(0, first, image_row) + strip.offset[0] + threadIdx.x % kWarp * kPack;
@@ -236,7 +258,7 @@ struct WordRows {
     }
   }
 
-  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp >= kSharers) return;
     unsigned char* to = tile + swizzled(warp, lane / 4) + lane % 4 * 4;
@@ -250,14 +272,15 @@ struct WordRows {
 // that is `shift` pixels on sees them from word shift / kPack on, and if there is half a word left, words that
 // straddle.
 template <class T, int kRows, int kWarps>
-struct WindowRows {
+struct WindowRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kEach = int(ceil_div(kRows / 2, kWarps));
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
   unsigned words[kEach][2];
 
   __device__ static int taps(const TileRows<T>& rows) { return rows.tap(kRows - 1) + 1; }
 
-  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+  __device__ void load(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp,
+                       const RowSteps&) {
     int lane = threadIdx.x % kWarp, first = opaque(warp), shift = rows.odd;
     int column = strip.column[0] + rows.first_column - shift + lane * kPack;
     bool row_exists = unsigned(image_row) < unsigned(rows.height), exists = row_exists && rows.exists(column);
@@ -274,7 +297,7 @@ struct WindowRows {
     }
   }
 
-  __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp) const {
+  __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp, count = taps(rows), tap_rows = rows.tap_rows, dilation = rows.dilation;
     unsigned staged[kEach][2];
 #pragma unroll
@@ -309,59 +332,322 @@ struct WindowRows {
   }
 };
 
+// Rows of x, 16 bytes at a time: of the last eight warps each takes four rows of every 32, a lane the same unit of
+// each.
+template <class T, int kRows, int kWarps>
+struct UnitRows {
+  static constexpr int kSharers = 8, kApart = kSharers * 4, kEach = kRows / kApart, kFirst = kWarps - kSharers;
+  static_assert(kFirst >= 0 && kRows % kApart == 0, "every row has its warp");
+  Words<unsigned, 4> units[kEach];
+  uint64 at;        // the lane's unit of its first row
+  int left, place;  // rows that exist from there on; where that unit goes in the tile
+
+  __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * WordOfPixels<T>::kPack>& strip,
+                        int warp) {
+    int lane = opaque(int(threadIdx.x)) % kWarp, row = (opaque(warp) - kFirst) * 4 + lane / 8, unit = lane % 8;
+    left = rows.channels - row;
+    place = swizzled(row, unit);
+    if (warp < kFirst) return;
+    at = reinterpret_cast<uint64>(rows.channel_at(0, row, image_row) + strip.offset[0]) + unit * 16;
+  }
+
+  __device__ void load(const TileRows<T>&, int, const Strip2d<32 * WordOfPixels<T>::kPack>&, int warp,
+                       const RowSteps& steps) {
+    if (warp < kFirst) return;
+    uint64 from = at;
+    int64 apart = opaque(steps.apart);  // in registers, or every row's address begins with a load
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      units[i] = Words<unsigned, 4>{};
+      if (i * kApart < left) read_only_unit(reinterpret_cast<const void*>(from), units[i].at);
+      from += apart;
+    }
+    at += steps.next;
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
+    if (warp < kFirst) return;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      Words<unsigned, 4> unit;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) unit.at[word] = staged_word<T>(units[i].at[word]);
+      *reinterpret_cast<Words<unsigned, 4>*>(tile + place + i * kApart * kSwizzledRow) = unit;
+    }
+  }
+};
+
+// Rows of gy at three neighbouring taps. Of each channel of the warp a lane has one word of the strip as the first tap
+// sees it (of 16-bit values, from an even column on); `more` are words from the strip's last one on, of all channels,
+// four lanes for each. A tap that is `shift` pixels on sees the words shift / kPack further on, and if there is half a
+// word left, words that straddle, of which the last needs the first of `more`'s.
+template <class T, int kRows, int kWarps>
+struct ThreeTapRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps, kMore = 4;
+  static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
+  static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
+  static_assert(kEach * kMore <= kWarp, "the warp's lanes suffice for what is beyond the strip");
+  unsigned words[kEach], more;
+  uint64 at, more_at;
+  int left;               // channels that exist, from the warp's first on
+  int later, more_place;  // of `more`: how many words after the strip's last (many: none), and where that one goes
+  bool more_exists;
+
+  __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane / kMore * kWarps;
+    int column = strip.column[0] - rows.odd;
+    later = lane % kMore;
+    left = rows.exists(column + lane * kPack) ? rows.channels - first : 0;
+    more_exists = later < kMore - 1 && channel < rows.channels && rows.exists(column + (kWarp - 1 + later) * kPack);
+    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
+    at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * kPack);
+    more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + (kWarp - 1 + later) * kPack);
+    more_place = swizzled(channel, 7) + (3 + later) * 4;
+    if (channel >= kChannels) later = kWarp;
+  }
+
+  __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
+    bool row_exists = unsigned(image_row) < unsigned(steps.height);
+    int channels = row_exists ? left : 0;
+    uint64 from = at;
+    int64 apart = opaque(steps.apart);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      words[i] = i * kWarps < channels ? read_only(reinterpret_cast<const unsigned*>(from)) : 0;
+      from += apart;
+    }
+    more = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    at += steps.next;
+    more_at += steps.next;
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    if (kPack == 2 && steps.odd)
+      put<kPack - 1>(tile, warp);
+    else
+      put<0>(tile, warp);
+  }
+
+  template <int kOdd>
+  __device__ void put(unsigned char* tile, int warp) const {
+    constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
+    int lane = threadIdx.x % kWarp, swizzle = warp & 7;
+    bool has_last = kLast >= kWarps || opaque(warp) < kLast;
+    unsigned whole[kEach + 1], straddling[kEach + 1];  // the last: of `more`
+#pragma unroll
+    for (int i = 0; i <= kEach; ++i) {
+      whole[i] = staged_word<T>(i < kEach ? words[i] : more);
+      if (kPack == 2) straddling[i] = __byte_perm(whole[i], __shfl_sync(kFullMask, whole[i], lane + 1), 0x5432);
+    }
+    // All lanes store, which takes fewer instructions; where one has no word of this tap, `more`'s come after it.
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) {
+      int distance = (kOdd + tap) / kPack, to = (lane - distance) & (kWarp - 1);
+      int place = warp * kSwizzledRow + ((to / 4 ^ swizzle) << 4) + to % 4 * 4;
+      unsigned char *even = tile + place, *odd_row = tile + (place ^ 64);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        unsigned char* row = (i * kWarps & 4 ? odd_row : even) + i * kWarps * kSwizzledRow + tap * kTapBytes;
+        unsigned word = (kOdd + tap) % kPack ? straddling[i] : whole[i];
+        if (i < kEach - 1 || has_last) *reinterpret_cast<unsigned*>(row) = word;
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) {
+      int distance = (kOdd + tap) / kPack;
+      bool straddles = (kOdd + tap) % kPack != 0;
+      if (later <= distance && (straddles || later > 0))
+        *reinterpret_cast<unsigned*>(tile + more_place + tap * kTapBytes - distance * 4) =
+            straddles ? straddling[kEach] : whole[kEach];
+    }
+  }
+};
+
+// The same for a stride of 2. The word of pixel p at tap t is number 2 p + t: a lane has two words of each channel,
+// which the first two taps take, and the third takes the next lane's first one. Of 16-bit values, a word of pixels is
+// made of halves of two such words: of both of the lane's, or of its second and the next lane's first. What the last
+// lane needs, `more`, a lane has for each channel.
+template <class T, int kRows, int kWarps>
+struct ThreeTapStride2Rows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps;
+  static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
+  static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
+  unsigned words[kEach][2], more;
+  uint64 at, more_at;
+  int left[2];  // channels of which the lane's words exist, from the warp's first on
+  bool more_exists;
+
+  __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane * kWarps;
+    int column = strip.column[0] - rows.odd;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) left[k] = rows.exists(column + (lane * 2 + k) * kPack) ? rows.channels - first : 0;
+    more_exists = lane < kEach && channel < rows.channels && rows.exists(column + 2 * kWarp * kPack);
+    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
+    at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * 2 * kPack);
+    more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + 2 * kWarp * kPack);
+  }
+
+  __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
+    bool row_exists = unsigned(image_row) < unsigned(steps.height);
+    int channels[2] = {row_exists ? left[0] : 0, row_exists ? left[1] : 0};
+    uint64 from = at;
+    int64 apart = opaque(steps.apart);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        words[i][k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
+      from += apart;
+    }
+    more = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    at += steps.next;
+    more_at += steps.next;
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    if (kPack == 2 && steps.odd)
+      put<kPack - 1>(tile, warp);
+    else
+      put<0>(tile, warp);
+  }
+
+  template <int kOdd>
+  __device__ void put(unsigned char* tile, int warp) const {
+    constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
+    int lane = threadIdx.x % kWarp, place = warp * kSwizzledRow + ((lane / 4 ^ (warp & 7)) << 4) + lane % 4 * 4;
+    bool has_last = kLast >= kWarps || opaque(warp) < kLast;
+    unsigned char *even = tile + place, *odd_row = tile + (place ^ 64);
+    unsigned own[kEach][2], next[kEach], beyond = staged_word<T>(more);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) own[i][k] = staged_word<T>(words[i][k]);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {  // all before the first store, so that they do not wait for each other
+      next[i] = __shfl_sync(kFullMask, own[i][0], lane + 1);
+      unsigned last = __shfl_sync(kFullMask, beyond, i);
+      if (lane == kWarp - 1) next[i] = last;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      unsigned first = own[i][0], second = own[i][1], third = next[i];
+      unsigned of_tap[kTaps] = {first, second, third};
+      if (kPack == 2) {
+        of_tap[kOdd ? 1 : 2] = __byte_perm(second, third, 0x5410);
+        of_tap[kOdd ? 2 : 1] = kOdd ? __byte_perm(second, third, 0x7632) : __byte_perm(first, second, 0x7632);
+        of_tap[0] = __byte_perm(first, second, kOdd ? 0x7632 : 0x5410);
+      }
+      unsigned char* row = (i * kWarps & 4 ? odd_row : even) + i * kWarps * kSwizzledRow;
+      if (i < kEach - 1 || has_last) {
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = of_tap[tap];
+      }
+    }
+  }
+};
+
 constexpr int kLine = 128;  // bytes of the L2 cache
 
 // Requests a row of the image, for the strip, one channel of a tile for each index: at three pixels, between which
 // there is no other line unless the stride is large.
-template <class T, int kPixels>
-__device__ inline void prefetch_channel(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip,
-                                        int index) {
-  if (index >= rows.channels) return;
-  int displacement = rows.displacement(0, image_row);
-  const T* start = rows.channel_at(0, index, image_row);
+struct ChannelRequests {
+  template <class T, int kPixels>
+  __device__ static void request(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
+    if (index >= rows.channels) return;
+    int displacement = rows.displacement(0, image_row);
+    const T* start = rows.channel_at(0, index, image_row);
 #pragma unroll 1
-  for (int pixel = 0; pixel < kPixels; pixel += pixel == 0 ? kPixels / 2 : kPixels / 2 - 1)
-    if (rows.exists(strip.column[pixel] + displacement)) prefetch_line(start + strip.offset[pixel]);
-}
+    for (int pixel = 0; pixel < kPixels; pixel += pixel == 0 ? kPixels / 2 : kPixels / 2 - 1)
+      if (rows.exists(strip.column[pixel] + displacement)) prefetch_line(start + strip.offset[pixel]);
+  }
+};
 
 // The same, one pixel of the strip for each index, where channels are neighbours.
-template <class T, int kPixels>
-__device__ inline void prefetch_pixel(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip,
-                                      int index) {
-  if (index >= kPixels || !rows.exists(strip.column[index] + rows.displacement(0, image_row))) return;
-  const T* start = rows.channel_at(0, 0, image_row) + strip.offset[index];
-  for (int channel = 0; channel < rows.channels; channel += kLine / int(sizeof(T))) prefetch_line(start + channel);
-}
+struct PixelRequests {
+  template <class T, int kPixels>
+  __device__ static void request(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
+    if (index >= kPixels || !rows.exists(strip.column[index] + rows.displacement(0, image_row))) return;
+    const T* start = rows.channel_at(0, 0, image_row) + strip.offset[index];
+    for (int channel = 0; channel < rows.channels; channel += kLine / int(sizeof(T))) prefetch_line(start + channel);
+  }
+};
 
-struct AlongPixels {
-  template <class T, int kRows, int kWarps>
-  using Input = PixelRows<T, kRows, kWarps>;
-  template <class T, int kRows, int kWarps>
-  using GradOutput = PixelRows<T, kRows, kWarps>;
-  template <class T, int kPixels>
-  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
-    prefetch_channel(rows, image_row, strip, index);
+// Requests the next step's rows. The last threads do, who load least.
+template <class Kind, class T, int kRows, int kThreads>
+struct Requests {
+  template <class Strip>
+  __device__ void begin(const TileRows<T>&, const TileRows<T>&, int, int, const Strip (&)[2], const RowSteps (&)[2]) {}
+
+  // From now on, `left` rows of x and of gy are still to be loaded, the next ones `row` and `out_row`.
+  template <class Strip>
+  __device__ void next(const TileRows<T>& x, const TileRows<T>& y, int row, int out_row, const Strip (&strip)[2],
+                       const int (&left)[2], const RowSteps (&)[2]) {
+    int index = kThreads - 1 - opaque(int(threadIdx.x));
+    if (index < kRows) {
+      if (left[0] > 0) Kind::request(x, row, strip[0], index);
+    } else if (left[1] > 0) {
+      Kind::request(y, out_row, strip[1], index - kRows);
+    }
   }
 };
-struct AlongChannels {
-  template <class T, int kRows, int kWarps>
-  using Input = ChannelRows<T, kRows, kWarps>;
-  template <class T, int kRows, int kWarps>
-  using GradOutput = ChannelRows<T, kRows, kWarps>;
-  template <class T, int kPixels>
-  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
-    prefetch_pixel(rows, image_row, strip, index);
+
+// Requests the rows of the next step but one, where pixels are neighbours: a thread has one of the lines on which a
+// channel's words lie (of gy, kGradOutputLines), and goes from row to row with it.
+template <int kGradOutputLines, class T, int kRows, int kThreads>
+struct LineRequests {
+  static constexpr int kAhead = 2, kInputThreads = 2 * kRows, kPixels = kWarp * WordOfPixels<T>::kPack;
+  static_assert(kInputThreads % kWarp == 0 && kThreads >= kInputThreads + 64 * kGradOutputLines, "a thread for each");
+  uint64 line;
+  bool exists;
+
+  __device__ static bool for_input() { return int(threadIdx.x) < kInputThreads; }
+
+  template <class Strip>
+  __device__ void begin(const TileRows<T>& x, const TileRows<T>& y, int row, int out_row, const Strip (&strip)[2],
+                        const RowSteps (&steps)[2]) {
+    int thread = opaque(int(threadIdx.x)), of_y = thread < kInputThreads ? 0 : 1;
+    int index = thread - of_y * kInputThreads, lines = of_y ? kGradOutputLines : 2, channel = index / lines;
+    const TileRows<T>& rows = of_y ? y : x;
+    int first = strip[of_y].column[0], length = of_y ? (kPixels - 1) * y.column_step + 2 : kPixels - 1;
+    int column = minimum_of(first + length * (index % lines) / (lines - 1), rows.width - 1);
+    if (column < 0) column = 0;
+    exists = channel < rows.channels;
+    const T* at = rows.channel_at(0, channel, of_y ? out_row : row) + strip[of_y].offset[0] + (column - first);
+    line = reinterpret_cast<uint64>(at) + kAhead * (of_y ? steps[1].next : steps[0].next);
+  }
+
+  template <class Strip>
+  __device__ void next(const TileRows<T>&, const TileRows<T>&, int, int out_row, const Strip (&)[2],
+                       const int (&left)[2], const RowSteps (&steps)[2]) {
+    int row = out_row + (kAhead - 1) * steps[1].rows;
+    bool follows = for_input() ? left[0] >= kAhead : left[1] >= kAhead && unsigned(row) < unsigned(steps[1].height);
+    if (exists && follows) prefetch_line(reinterpret_cast<const void*>(line));
+    line += for_input() ? steps[0].next : steps[1].next;
   }
 };
-struct AlongWindows {
+
+// A way to share out a tile.
+template <template <class, int, int> class InputRows, template <class, int, int> class GradOutputRows, class Kind>
+struct Sharing {
   template <class T, int kRows, int kWarps>
-  using Input = WordRows<T, kRows, kWarps>;
+  using Input = InputRows<T, kRows, kWarps>;
   template <class T, int kRows, int kWarps>
-  using GradOutput = WindowRows<T, kRows, kWarps>;
-  template <class T, int kPixels>
-  __device__ static void prefetch(const TileRows<T>& rows, int image_row, const Strip2d<kPixels>& strip, int index) {
-    prefetch_channel(rows, image_row, strip, index);
-  }
+  using GradOutput = GradOutputRows<T, kRows, kWarps>;
+  template <class T, int kRows, int kThreads>
+  using Requests = rawkern::Requests<Kind, T, kRows, kThreads>;
+};
+struct AlongPixels : Sharing<PixelRows, PixelRows, ChannelRequests> {};
+struct AlongChannels : Sharing<ChannelRows, ChannelRows, PixelRequests> {};
+struct AlongWindows : Sharing<WordRows, WindowRows, ChannelRequests> {};
+struct AlongThreeTaps : Sharing<UnitRows, ThreeTapRows, ChannelRequests> {
+  template <class T, int kRows, int kThreads>
+  using Requests = LineRequests<2, T, kRows, kThreads>;
+};
+struct AlongThreeTapsStride2 : Sharing<UnitRows, ThreeTapStride2Rows, ChannelRequests> {
+  template <class T, int kRows, int kThreads>
+  using Requests = LineRequests<4, T, kRows, kThreads>;
 };
 
 }  // namespace rawkern

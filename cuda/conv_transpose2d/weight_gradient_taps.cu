@@ -28,7 +28,8 @@ struct WeightGradientTapsParams {
   void* partial;
   int64 in_strides[4];
   int64 out_strides[4];
-  int64 row_pixels;  // batch * in width: the row of all images side by side
+  int64 next[2], apart[2];  // in bytes, of x and of gy; see RowSteps
+  int64 row_pixels;         // batch * in width: the row of all images side by side
   int64 slices, units, slice_units;
   int in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
   int groups, rows, columns;
@@ -114,6 +115,7 @@ struct WeightGradientTaps {
   struct Staged {
     typename Share::template Input<T, kRows, kWarps> x;
     typename Share::template GradOutput<T, kColumns, kWarps> y;
+    typename Share::template Requests<T, kRows, kThreads> requests;
   };
 
   // What a step does, as bits: is there one at all, does it stage a row of x, does this warpgroup multiply?
@@ -150,22 +152,15 @@ struct WeightGradientTaps {
     y.odd = (first_column - p.padding[1]) & (WordOfPixels<T>::kPack - 1);
   }
 
-  __device__ static void store(const Staged& staged, int step, Storage& shared, int stage, int slot, int warp) {
-    if (step & kStep) staged.y.store(shared.y, shared.stage[stage], warp);
-    if (step & kStagesInput) staged.x.store(shared.x, shared.slot[slot], warp);
+  __device__ static void store(const Staged& staged, int step, Storage& shared, int stage, int slot, int warp,
+                               const RowSteps (&steps)[2]) {
+    if (step & kStep) staged.y.store(shared.y, shared.stage[stage], warp, steps[1]);
+    if (step & kStagesInput) staged.x.store(shared.x, shared.slot[slot], warp, steps[0]);
     Products::publish();  // before the next loads, for which this would wait
   }
 
-  // Requests the rows after those of step `ahead`, of which `row` is x's; the last threads do, who load least.
-  __device__ static void prefetch(const Storage& shared, const Strip2d<kPixels> (&strip)[2], const TapsWalk& ahead,
-                                  int taps, int row, int first_out_row, const Params& p) {
-    int index = kThreads - 1 - opaque(int(threadIdx.x));
-    if (index < kRows) {
-      if (ahead.local + 1 < ahead.length) Share::prefetch(shared.x, row, strip[0], index);
-    } else if (ahead.local + 2 < ahead.length + taps) {
-      Share::prefetch(shared.y, row * p.stride[0] + first_out_row, strip[1], index - kRows);
-    }
-  }
+  // From a shuffle, so that the compiler sees that a warp does not diverge.
+  __device__ static int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
 
   __device__ static void run(const Params& p) {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
@@ -187,13 +182,22 @@ struct WeightGradientTaps {
     if (ahead.done()) return;
     int table = 0, taps = place.taps_h, first_out_row = place.tap_h * p.dilation[0] - p.padding[0];
     Staged staged;
+    RowSteps steps[2] = {{p.next[0], p.apart[0], p.in_size[0], p.row_step, 0},
+                         {p.next[1], p.apart[1], p.out_size[0], p.row_step * p.stride[0], p.padding[1] & 1}};
     // Loads the next step and goes beyond it; returns the step's bits.
     auto load_next = [&]() {
       if (ahead.done()) return 0;
-      int row = ahead.first_row + ahead.local * p.row_step;
-      if (ahead.local < ahead.length) staged.x.load(shared.x, row, shared.strip[table][0], warp);
-      staged.y.load(shared.y, row * p.stride[0] + first_out_row, shared.strip[table][1], warp);
-      prefetch(shared, shared.strip[table], ahead, taps, row + p.row_step, first_out_row, p);
+      const Strip2d<kPixels>(&strip)[2] = shared.strip[table];
+      int row = ahead.first_row + ahead.local * p.row_step, out_row = row * p.stride[0] + first_out_row;
+      if (ahead.local == 0) {
+        staged.x.begin(shared.x, row, strip[0], warp);
+        staged.y.begin(shared.y, out_row, strip[1], warp);
+        staged.requests.begin(shared.x, shared.y, row, out_row, strip, steps);
+      }
+      if (ahead.local < ahead.length) staged.x.load(shared.x, row, strip[0], warp, steps[0]);
+      staged.y.load(shared.y, out_row, strip[1], warp, steps[1]);
+      int left[2] = {ahead.length - 1 - ahead.local, ahead.length - 1 - ahead.local + taps - 1};
+      staged.requests.next(shared.x, shared.y, row + steps[0].rows, out_row + steps[1].rows, strip, left, steps);
       int age = ahead.local - tap, step = kStep;
       if (ahead.local < ahead.length) step |= kStagesInput;
       if (tap < taps && age >= 0 && age < ahead.length) step |= kMultiplies;
@@ -203,20 +207,19 @@ struct WeightGradientTaps {
     if (threadIdx.x == 0) write_rows(shared.x, shared.y, p, place);
     write_strip(shared.strip[0], ahead.strip(p), p);
     __syncthreads();
-    int now = load_next();
-    store(staged, now, shared, 0, 0, warp);
+    int now = uniform(load_next());
+    store(staged, now, shared, 0, 0, warp, steps);
     __syncthreads();
-    int next = load_next();
+    int next = uniform(load_next());
     for (int stage = 0, slot = 0; now != 0;) {
       int next_stage = stage + 1 < kStages ? stage + 1 : 0, next_slot = slot + 1 < kSlots ? slot + 1 : 0;
       const unsigned char* x = shared.slot[slot < tap ? slot - tap + kSlots : slot - tap] + part * 64 * kSwizzledRow;
       const unsigned char* y = shared.stage[stage];
-      // From a shuffle, so that the compiler sees that a warpgroup does not diverge.
-      bool multiplies = (__shfl_sync(kFullMask, now, 0) & kMultiplies) != 0;
+      bool multiplies = (now & kMultiplies) != 0;
       __syncthreads();
       if (Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
-      store(staged, next, shared, next_stage, next_slot, warp);
-      now = next, next = load_next();
+      store(staged, next, shared, next_stage, next_slot, warp, steps);
+      now = next, next = uniform(load_next());
       if (!Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
       Products::await_previous();
       stage = next_stage, slot = next_slot;

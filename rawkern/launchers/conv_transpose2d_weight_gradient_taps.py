@@ -16,6 +16,8 @@ _PARAMS = runtime.params(
     ("partial", "u8"),
     ("in_strides", "i8", 4),
     ("out_strides", "i8", 4),
+    ("next", "i8", 2),
+    ("apart", "i8", 2),
     ("row_pixels", "i8"),
     ("slices", "i8"),
     ("units", "i8"),
@@ -105,6 +107,10 @@ class Block:
 _SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64, 1), (2, 256, 2), (2, 128, 2))
 #: How threads share out what is staged; see weight_gradient_staging.cuh.
 PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
+#: For kernels of width 3, by their stride.
+THREE_TAPS = {1: "AlongThreeTaps", 2: "AlongThreeTapsStride2"}
+#: Rows of x that a lane has in UnitRows lie so far apart.
+_UNIT_ROWS = 32
 
 
 @functools.cache
@@ -117,6 +123,8 @@ def blocks(itemsize, asynchronous, share):
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
+    if share in THREE_TAPS.values():
+        too_large |= {shape for shape in _SHAPES if shape[0] != 3}
     return tuple(Block(*shape, asynchronous) for shape in _SHAPES if shape not in too_large)
 
 
@@ -161,10 +169,19 @@ def share_of(geometry, input, grad_output):
     pixels = _ROW_BYTES // input.itemsize
     whole_words = input.itemsize == 4 or geometry.output_size[1] % 2 == 0
     whole_strips = whole_words and geometry.input_size[1] % pixels == 0
-    reach = geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW
-    if reach and whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays):
+    if not (whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays)):
+        return PIXELS
+    three_taps = THREE_TAPS.get(geometry.stride[1])
+    if three_taps and geometry.kernel[1] == 3 and geometry.dilation[1] == 1 and _whole_units(input, strides[0]):
+        return three_taps
+    if geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW:
         return WINDOWS
     return PIXELS
+
+
+def _whole_units(array, strides):
+    """Whether 16 bytes of neighbouring pixels, counted from a row's first, lie at a multiple of 16 bytes."""
+    return all(number * array.itemsize % 16 == 0 for number in (pointer(array) // array.itemsize, *strides[:3]))
 
 
 def _whole_words(array, strides, axis):
@@ -193,6 +210,8 @@ def _tile_taps(geometry, block, share):
         channels = block.columns // taps
         if block.columns % (16 * taps) or channels % (block.columns // (4 * block.warpgroups)):
             continue  # a warp's rows must be of one tap
+        if share in THREE_TAPS.values() and taps != 3:
+            continue
         if share == WINDOWS and not (taps > 1 and (taps - 1) * geometry.dilation[1] <= _WINDOW):
             continue
         yield taps
@@ -276,6 +295,8 @@ def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
 def launch(queue, input, grad_output, geometry, plan, share, partial):
     """Writes the partial sums (slices, weights) of float32 that `plan` says."""
     strides = element_strides(input), element_strides(grad_output)
+    step_rows = plan.row_step, plan.row_step * geometry.stride[0]
+    lane_rows = _UNIT_ROWS, plan.block.threads // 32
     _kernel(input.dtype, plan.block, share).launch(
         queue,
         plan.tiles * geometry.groups * plan.slices,
@@ -284,6 +305,8 @@ def launch(queue, input, grad_output, geometry, plan, share, partial):
         partial=pointer(partial),
         in_strides=strides[0],
         out_strides=strides[1],
+        next=[input.itemsize * rows * stride[2] for rows, stride in zip(step_rows, strides, strict=True)],
+        apart=[input.itemsize * rows * stride[1] for rows, stride in zip(lane_rows, strides, strict=True)],
         row_pixels=geometry.batch * geometry.input_size[1],
         slices=plan.slices,
         units=plan.units,
@@ -327,6 +350,6 @@ def _kernel(dtype, block, share):
 def kernels():
     """Every instantiation, for the tests that compile them all."""
     for dtype, asynchronous in itertools.product(DTYPES, (False, True)):
-        for share in (PIXELS, CHANNELS, WINDOWS):
+        for share in (PIXELS, CHANNELS, WINDOWS, *THREE_TAPS.values()):
             for block in blocks(dtype.itemsize, asynchronous, share):
                 yield _kernel(dtype, block, share)

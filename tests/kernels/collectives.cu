@@ -153,6 +153,7 @@ struct Product {
   }
 };
 
+template <bool kOperand>  // by tf32_operand
 struct RoundTf32 {
   struct Params {
     const float* input;
@@ -164,7 +165,7 @@ struct RoundTf32 {
 
   __device__ static void run(const Params& p) {
     int64 i = linear_block() * kThreads + threadIdx.x;
-    if (i < p.count) p.output[i] = tf32_round(p.input[i]);
+    if (i < p.count) p.output[i] = kOperand ? tf32_operand(p.input[i]) : tf32_round(p.input[i]);
   }
 };
 
