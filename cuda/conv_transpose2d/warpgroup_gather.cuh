@@ -13,15 +13,17 @@
 // gradient, stride s), the tile holds s x s planes of pixels, one for each remainder, and a tap chooses a plane. The
 // accumulators' columns are the tile's pixels in the order of shared memory, the halo's columns among them; what comes
 // out there is dropped. A tile is worked off in jobs: one for each pass (kPhases phases of the output that are
-// neighbours within its rows) and each unit of 64 output channels.
+// neighbours within its rows) and each unit of 64 output channels. Where tiles are few, their jobs are divided among
+// `parts`, which count as tiles.
 //
 // Roles. Persistent blocks of three warpgroups take tiles two at a time, one for each of the two consumers. A
 // consumer's job is 64 output channels by kPhases * kPixels columns, in 128 registers of each thread. Consumers take
 // turns: while one multiplies, the other one ends its last job (chain of functions, stores), so that the tensor cores
 // never wait for an epilogue. Of the producers, one warp streams the packed weights by bulk copies into a ring, 64 rows
-// of 128 bytes for each slab and tap; three stage the input: coalesced loads, rounding to TF32, 16-byte stores without
-// bank conflicts. A tile's slabs are staged once for all its jobs if there is room (`resident`), otherwise once per
-// job. Rings of mbarriers connect the roles; all roles walk through the same list of jobs.
+// of 128 bytes for each slab and tap; three stage the input (warpgroup_staging.cuh). A tile's slabs are staged once for
+// all its jobs if there is room (`resident`), otherwise once per job. Rings of mbarriers connect the roles; all roles
+// walk through the same list of jobs. How many stages and weights there are in shared memory is the plan's choice: a
+// ring of weights too short to hide a copy's latency would set the pace where a phase has few pixels.
 //
 // Zeros stand for pixels outside the image and channels beyond the last. What becomes of the sums is the Ending's
 // business (warpgroup_endings.cuh). Registers move from the producers to the consumers, who need 128 for the sums.
