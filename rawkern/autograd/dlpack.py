@@ -48,7 +48,7 @@ def to_array(tensor):
         # A capsule: no bookkeeping of streams, which launches do themselves.
         array = cupy.from_dlpack(to_dlpack(tensor))
     else:
-        array = np.from_dlpack(tensor)
+        array = tensor.numpy()  # numpy.from_dlpack of what torch before 2.9 gives is read-only
     return array.view(bfloat16) if is_bfloat16 else array
 
 
