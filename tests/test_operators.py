@@ -24,13 +24,13 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def dispatched(monkeypatch):
     """(name, arguments) of every operator that is called, as the dispatcher would get them."""
     calls = []
-    run = Operator._run
+    repeated = Operator._repeated
 
-    def note(operator, tensors, static):
-        calls.append((operator.name, operator.op, operator._arguments(tensors, static)))
-        return run(operator, tensors, static)
+    def note(operator, tensors, key, addresses):
+        calls.append((operator.name, operator.op, operator._arguments(tensors, key[0])))
+        return repeated(operator, tensors, key, addresses)
 
-    monkeypatch.setattr(Operator, "_run", note)
+    monkeypatch.setattr(Operator, "_repeated", note)
     return calls
 
 

@@ -1,7 +1,7 @@
 """The one crossing between PyTorch tensors and the launchers' arrays. Nothing is copied either way.
 
-CUDA tensors cross to CuPy, CPU tensors to NumPy, both by DLPack. bfloat16 crosses as int16, because not every library
-speaks bfloat16 over DLPack, and is viewed as ml_dtypes' bfloat16 on the other side.
+CUDA tensors cross to CuPy by DLPack, CPU tensors to NumPy. bfloat16 crosses as int16, because not every library knows
+it, and is viewed as ml_dtypes' bfloat16 on the other side.
 
 A crossing costs microseconds, and a launcher decides for a hundred of them. Both happen once for a call of a kind (the
 shapes, strides, dtypes and so on): a `Recording` lets the launchers run on the arrays and writes down what they launch,
@@ -152,8 +152,7 @@ class Plan:
         self._tape = tape
         self._gpu = like.device.index if like.is_cuda else None
         self._outputs = [
-            (output.shape, output.stride(), {} if output.dtype is like.dtype else {"dtype": output.dtype})
-            for output in outputs
+            (output.shape, output.stride(), None if output.dtype is like.dtype else output.dtype) for output in outputs
         ]
         places = {id(output): i for i, output in enumerate(outputs)}
         self._single = isinstance(results, torch.Tensor)
@@ -163,8 +162,11 @@ class Plan:
     def repeat(self, like, addresses):
         """Does it for tensors with these addresses, of which `like` is the one; returns the results."""
         outputs = []
-        for shape, strides, options in self._outputs:
-            output = like.new_empty_strided(shape, strides, **options)
+        for shape, strides, dtype in self._outputs:
+            if dtype is None:  # an argument less to parse
+                output = like.new_empty_strided(shape, strides)
+            else:
+                output = like.new_empty_strided(shape, strides, dtype=dtype)
             outputs.append(output)
             addresses.append(output.data_ptr())
         if self._workspace:

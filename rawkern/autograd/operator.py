@@ -71,15 +71,29 @@ class Operator:
         if torch.compiler.is_compiling():
             return self._dispatch(tensors, static)
         if is_plain(tensors):
+            key, addresses = self._kind(tensors, static)
+            if addresses is None:
+                return self(_with_memory(tensors), static)
             if needs_gradient(tensors):
-                return self._apply(*unwrapped(tensors), static)
-            return self._run(tensors, static)
+                return self._apply(*tensors, (static, key, addresses))
+            return self._repeated(tensors, key, addresses)
         if is_transformed() and not is_inside_rule():
             return self._transformable.apply(*tensors, static)
         return self._dispatch(tensors, static)
 
     def _run(self, tensors, static):
         """On ordinary tensors, without derivatives."""
+        key, addresses = self._kind(tensors, static)
+        if addresses is None:
+            return self._run(_with_memory(tensors), static)
+        return self._repeated(tensors, key, addresses)
+
+    def _kind(self, tensors, static):
+        """(what a call has in common with all that launch the same, the tensors' addresses).
+
+        The first element of the former are the static arguments with the precision filled in. (None, None) if a tensor
+        has no memory of its own.
+        """
         if self._has_precision and static[-1] is None:
             static = *static[:-1], default_precision(tensors[0])
         key, addresses = [static], []
@@ -93,31 +107,19 @@ class Operator:
                     addresses.append(address)
                     key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % ALIGNMENT)
         except RuntimeError:
-            addresses = None
-        if addresses is None:
-            return self._run_without_addresses(tensors, static)
+            return None, None
         if len(set(addresses)) < len(addresses):
             key.append(tuple(map(addresses.index, addresses)))  # which tensors are one and the same
-        key = tuple(key)
+        return tuple(key), addresses
+
+    def _repeated(self, tensors, key, addresses):
+        """The outputs: by the launches of an earlier call of this kind, or by the first."""
         plan = self._plans.get(key)
-        return self._decide(key, tensors, static) if plan is None else plan.repeat(tensors[0], addresses)
+        return self._decide(key, tensors) if plan is None else plan.repeat(tensors[0], addresses)
 
-    def _run_without_addresses(self, tensors, static):
-        """`_run` for tensors of which one has no memory of its own."""
-        inner = unwrapped(tensors)
-        if any(new is not old for new, old in zip(inner, tensors, strict=True)):
-            return self._run(inner, static)
-        for tensor in tensors:
-            if tensor is not None and is_legacy_batchedtensor(tensor):
-                raise RuntimeError(
-                    "rawkern's functions are batched by torch.vmap and torch.func, not by is_grads_batched=True or "
-                    "torch.autograd.functional's vectorize=True"
-                )
-            to_array(tensor)  # says what kind of tensor this is
-        raise RuntimeError("rawkern takes tensors that have memory")
-
-    def _decide(self, key, tensors, static):
+    def _decide(self, key, tensors):
         """Runs the body, and remembers what it launched for the next call with this key."""
+        static = key[0]
         if tensors[0].is_meta:
             return self._fake(*self._arguments(tensors, static))
         recording = Recording(tensors)
@@ -161,8 +163,8 @@ class Operator:
         class Bare(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *arguments):
-                tensors, static = arguments[:-1], arguments[-1]
-                outputs = operator._run(tensors, static)
+                tensors, (static, key, addresses) = arguments[:-1], arguments[-1]
+                outputs = operator._repeated(tensors, key, addresses)
                 ctx.set_materialize_grads(False)
                 operator._setup_context(ctx, tensors, static, outputs)
                 return outputs
@@ -302,6 +304,21 @@ def is_inside_rule():
     The transform is active all the while, to pass operators on to the next one; a Function it does not take there.
     """
     return is_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+
+
+def _with_memory(tensors):
+    """The tensors, of which one has no memory of its own, without what wraps them. Raises if that is not the reason."""
+    inner = unwrapped(tensors)
+    if any(new is not old for new, old in zip(inner, tensors, strict=True)):
+        return inner
+    for tensor in tensors:
+        if tensor is not None and is_legacy_batchedtensor(tensor):
+            raise RuntimeError(
+                "rawkern's functions are batched by torch.vmap and torch.func, not by is_grads_batched=True or "
+                "torch.autograd.functional's vectorize=True"
+            )
+        to_array(tensor)  # says what kind of tensor this is
+    raise RuntimeError("rawkern takes tensors that have memory")
 
 
 def unwrapped(tensors):
