@@ -345,3 +345,17 @@ def test_inference_mode(device):
         y = rawkern.gelu(x)
     assert y.is_inference()
     torch.testing.assert_close(y, torch.nn.functional.gelu(x))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_mistakes_name_the_tensor(requires_grad):
+    """Devices, layouts and dtypes that the kernels do not know."""
+    x, w = torch.randn(2, 4, 3, 3, requires_grad=requires_grad), torch.randn(4, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="input and weight are on different devices: cpu and meta"):
+        rawkern.group_norm(x, 2, torch.ones(4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"input and operands\[1\] are on different devices: cpu and meta"):
+        rawkern.conv_transpose2d(x, w, epilogue=(Add(torch.ones(1)), Mul(torch.ones(1, device="meta"))))
+    with pytest.raises(RuntimeError, match=r"rawkern takes strided tensors; weight is torch\.sparse_coo"):
+        rawkern.conv_transpose2d(x, w.to_sparse())
+    with pytest.raises(RuntimeError, match=r"weight has dtype torch\.float8_e4m3fn; rawkern's kernels take float64"):
+        rawkern.conv_transpose2d(x, w.to(torch.float8_e4m3fn))

@@ -26,16 +26,20 @@ _TORCH_DTYPES = {
 }
 
 
-def to_array(tensor):
-    """The tensor's memory as a NumPy or CuPy array; None stays None."""
+def to_array(tensor, name="the argument"):
+    """The tensor's memory as a NumPy or CuPy array; None stays None. Errors call it `name`."""
     if tensor is None:
         return None
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(f"rawkern runs on cpu and cuda tensors, not on {tensor.device}")
+        raise RuntimeError(f"rawkern runs on cpu and cuda tensors; {name} is on {tensor.device}")
     if tensor.layout is not torch.strided:
-        raise RuntimeError(f"rawkern takes strided tensors, not {tensor.layout}")
+        raise RuntimeError(f"rawkern takes strided tensors; {name} is {tensor.layout}")
+    if tensor.is_floating_point() and tensor.dtype not in _TORCH_DTYPES.values():
+        raise RuntimeError(
+            f"{name} has dtype {tensor.dtype}; rawkern's kernels take float64, float32, float16, bfloat16"
+        )
     tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -48,7 +52,7 @@ def to_array(tensor):
         # A capsule: no bookkeeping of streams, which launches do themselves.
         array = cupy.from_dlpack(to_dlpack(tensor))
     else:
-        array = tensor.numpy()  # numpy.from_dlpack of what torch before 2.9 gives is read-only
+        array = tensor.numpy()  # numpy.from_dlpack of what torch 2.6 gives is read-only
     return array.view(bfloat16) if is_bfloat16 else array
 
 
@@ -77,8 +81,12 @@ def _current_stream(index):
 class Recording:
     """One call of an operator's body on ordinary tensors: its outputs, and what its launchers launched."""
 
-    def __init__(self, tensors):
-        self._arrays = {id(tensor): to_array(tensor) for tensor in tensors if tensor is not None}
+    def __init__(self, names, tensors):
+        self._arrays = {
+            id(tensor): to_array(tensor, name)
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor is not None
+        }
         self._like = tensors[0]
         self._outputs = []
         arrays = [None if tensor is None else self._arrays[id(tensor)] for tensor in tensors]

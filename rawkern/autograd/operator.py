@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from ..runtime import ALIGNMENT
 from .dlpack import Recording, to_array
 from .precision import default_precision
-from .shapes_only import ShapesOnly
+from .shapes_only import ShapesOnly, check_devices
 
 _LIBRARY = torch.library.Library("rawkern", "DEF")
 _OPERATORS = []
@@ -73,7 +73,7 @@ class Operator:
         if is_plain(tensors):
             key, addresses = self._kind(tensors, static)
             if addresses is None:
-                return self(_with_memory(tensors), static)
+                return self(_with_memory(self._names_of(tensors), tensors), static)
             if needs_gradient(tensors):
                 return self._apply(*tensors, (static, key, addresses))
             return self._repeated(tensors, key, addresses)
@@ -85,7 +85,7 @@ class Operator:
         """On ordinary tensors, without derivatives."""
         key, addresses = self._kind(tensors, static)
         if addresses is None:
-            return self._run(_with_memory(tensors), static)
+            return self._run(_with_memory(self._names_of(tensors), tensors), static)
         return self._repeated(tensors, key, addresses)
 
     def _kind(self, tensors, static):
@@ -122,7 +122,9 @@ class Operator:
         static = key[0]
         if tensors[0].is_meta:
             return self._fake(*self._arguments(tensors, static))
-        recording = Recording(tensors)
+        names = self._names_of(tensors)
+        check_devices(names, tensors)
+        recording = Recording(names, tensors)
         outputs = self._body(recording, *self._arguments(tensors, static))
         plan = recording.plan(outputs)
         if plan is not None:
@@ -153,9 +155,12 @@ class Operator:
     def _fake(self, *arguments):
         """The outputs' shapes, dtypes and strides."""
         tensors, static = self._parts(arguments)
-        singles, more = self._names[: self._singles], range(len(tensors) - self._singles)
-        names = *singles, *(f"{self._names[self._singles]}[{i}]" for i in more)
-        return self._body(ShapesOnly(names, tensors), *self._arguments(tensors, static))
+        return self._body(ShapesOnly(self._names_of(tensors), tensors), *self._arguments(tensors, static))
+
+    def _names_of(self, tensors):
+        """The names of all tensors in a row."""
+        more = range(len(tensors) - self._singles)
+        return *self._names[: self._singles], *(f"{self._names[self._singles]}[{i}]" for i in more)
 
     def _functions(self):
         operator = self
@@ -306,18 +311,18 @@ def is_inside_rule():
     return is_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
 
 
-def _with_memory(tensors):
+def _with_memory(names, tensors):
     """The tensors, of which one has no memory of its own, without what wraps them. Raises if that is not the reason."""
     inner = unwrapped(tensors)
     if any(new is not old for new, old in zip(inner, tensors, strict=True)):
         return inner
-    for tensor in tensors:
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and is_legacy_batchedtensor(tensor):
             raise RuntimeError(
                 "rawkern's functions are batched by torch.vmap and torch.func, not by is_grads_batched=True or "
                 "torch.autograd.functional's vectorize=True"
             )
-        to_array(tensor)  # says what kind of tensor this is
+        to_array(tensor, name)  # says what kind of tensor this is
     raise RuntimeError("rawkern takes tensors that have memory")
 
 
