@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import threading
 
+import numpy as np
 import pytest
 import sweep
 import torch
@@ -15,7 +16,7 @@ import rawkern
 from rawkern.autograd import dlpack
 from rawkern.autograd.operator import Operator, forget_plans, operators
 from rawkern.epilogue import Add, Div, Mul
-from rawkern.runtime import Kernel, Tape
+from rawkern.runtime import Kernel, Tape, pointer
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -292,10 +293,10 @@ def test_memory_is_freed_at_once(name, compiled, device, no_garbage_collection, 
     """
     crossed, to_array = [], dlpack.to_array
 
-    def noted(tensor):
+    def noted(tensor, *name):
         if tensor is not None:
             crossed.append(StorageWeakRef(tensor.untyped_storage()))
-        return to_array(tensor)
+        return to_array(tensor, *name)
 
     monkeypatch.setattr(dlpack, "to_array", noted)
     torch._dynamo.reset()
@@ -359,3 +360,21 @@ def test_mistakes_name_the_tensor(requires_grad):
         rawkern.conv_transpose2d(x, w.to_sparse())
     with pytest.raises(RuntimeError, match=r"weight has dtype torch\.float8_e4m3fn; rawkern's kernels take float64"):
         rawkern.conv_transpose2d(x, w.to(torch.float8_e4m3fn))
+
+
+def test_storages_stay_resizable():
+    """As FSDP needs them; and they can be written, also where NumPy is given a view that is read-only."""
+    tensors = (
+        torch.arange(6.0).view(2, 3).T,
+        torch.ones(2, 1).expand(2, 4),
+        torch.ones(0, 3),
+        torch.ones(2, dtype=torch.int16),
+    )
+    for tensor in tensors:
+        array = dlpack.to_array(tensor)
+        memory = np.asarray(dlpack._Memory(tensor, array))
+        for view in (array, memory):
+            assert view.shape == tensor.shape and view.dtype == array.dtype and view.flags.writeable
+            assert view.strides == array.strides and (view == array).all()
+            assert not view.size or pointer(view) == tensor.data_ptr()
+        tensor.untyped_storage().resize_(64)

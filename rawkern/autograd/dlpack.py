@@ -1,7 +1,7 @@
 """The one crossing between PyTorch tensors and the launchers' arrays. Nothing is copied either way.
 
-CUDA tensors cross to CuPy by DLPack, CPU tensors to NumPy. bfloat16 crosses as int16, because not every library knows
-it, and is viewed as ml_dtypes' bfloat16 on the other side.
+CUDA tensors cross to CuPy, CPU tensors to NumPy, both by DLPack. bfloat16 crosses as int16, because not every library
+speaks bfloat16 over DLPack, and is viewed as ml_dtypes' bfloat16 on the other side.
 
 A crossing costs microseconds, and a launcher decides for a hundred of them. Both happen once for a call of a kind (the
 shapes, strides, dtypes and so on): a `Recording` lets the launchers run on the arrays and writes down what they launch,
@@ -24,6 +24,14 @@ _TORCH_DTYPES = {
     np.dtype("int16"): torch.int16,
     np.dtype("uint8"): torch.uint8,
 }
+
+
+class _Memory:
+    """A tensor's memory, which may be written, for NumPy: like `array`, a view of it that is read-only."""
+
+    def __init__(self, tensor, array):
+        self._tensor = tensor  # kept alive by what NumPy makes of this
+        self.__array_interface__ = {**array.__array_interface__, "data": (tensor.data_ptr(), False)}
 
 
 def to_array(tensor, name="the argument"):
@@ -52,7 +60,9 @@ def to_array(tensor, name="the argument"):
         # A capsule: no bookkeeping of streams, which launches do themselves.
         array = cupy.from_dlpack(to_dlpack(tensor))
     else:
-        array = tensor.numpy()  # numpy.from_dlpack of what torch 2.6 gives is read-only
+        array = np.from_dlpack(tensor)  # Tensor.numpy() would forbid FSDP to resize the storage later
+        if not array.flags.writeable:  # so it is with torch 2.6
+            array = np.asarray(_Memory(tensor, array))
     return array.view(bfloat16) if is_bfloat16 else array
 
 
