@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-class Function:
+class Function:  # without __slots__, which torch.compile did not see into in torch 2.6
     """A pointwise function.
 
     Attributes:
@@ -49,8 +49,6 @@ class Function:
         signature: the template's name, with a # for each number and an @ for a tensor. A negative zero is #-: it equals
             zero, and yet what is computed for one is not computed for the other.
     """
-
-    __slots__ = ("_arguments", "cpp", "numbers", "signature", "tensor")
 
     def __init__(self):
         self._set()
@@ -90,8 +88,6 @@ class Function:
 class _Arithmetic(Function):
     """A function of the input and a number or a tensor."""
 
-    __slots__ = ()
-
     def __init__(self, other):
         if _is_tensor(other):
             self._set(tensor=other, other=other)
@@ -103,31 +99,21 @@ class _Arithmetic(Function):
 class Add(_Arithmetic):
     """x + other"""
 
-    __slots__ = ()
-
 
 class Sub(_Arithmetic):
     """x - other"""
-
-    __slots__ = ()
 
 
 class Mul(_Arithmetic):
     """x * other"""
 
-    __slots__ = ()
-
 
 class Div(_Arithmetic):
     """x / other"""
 
-    __slots__ = ()
-
 
 class Minimum(Function):
     """torch.minimum(x, other) for a number: an upper limit; where x equals it, half of the gradient passes."""
-
-    __slots__ = ()
 
     def __init__(self, other):
         other = _number(self, "other", other)
@@ -136,8 +122,6 @@ class Minimum(Function):
 
 class Maximum(Function):
     """torch.maximum(x, other) for a number: a lower limit; where x equals it, half of the gradient passes."""
-
-    __slots__ = ()
 
     def __init__(self, other):
         other = _number(self, "other", other)
@@ -149,8 +133,6 @@ class Clamp(Function):
 
     Raises RuntimeError if both are None.
     """
-
-    __slots__ = ()
 
     def __init__(self, min=None, max=None):
         if min is None and max is None:
@@ -167,8 +149,6 @@ class Hardtanh(Function):
     Raises ValueError if min_val is greater than max_val.
     """
 
-    __slots__ = ()
-
     def __init__(self, min_val=-1.0, max_val=1.0):
         min_val, max_val = _number(self, "min_val", min_val), _number(self, "max_val", max_val)
         if min_val > max_val:
@@ -179,13 +159,9 @@ class Hardtanh(Function):
 class ReLU(Function):
     """torch.nn.functional.relu(x)"""
 
-    __slots__ = ()
-
 
 class LeakyReLU(Function):
     """torch.nn.functional.leaky_relu(x, negative_slope)"""
-
-    __slots__ = ()
 
     def __init__(self, negative_slope=0.01):
         negative_slope = _number(self, "negative_slope", negative_slope)
@@ -195,8 +171,6 @@ class LeakyReLU(Function):
 class ELU(Function):
     """torch.nn.functional.elu(x, alpha)"""
 
-    __slots__ = ()
-
     def __init__(self, alpha=1.0):
         alpha = _number(self, "alpha", alpha)
         self._set(numbers=(alpha,), alpha=alpha)
@@ -205,37 +179,25 @@ class ELU(Function):
 class SiLU(Function):
     """torch.nn.functional.silu(x): x * sigmoid(x)"""
 
-    __slots__ = ()
-
 
 class Mish(Function):
     """torch.nn.functional.mish(x): x * tanh(softplus(x))"""
-
-    __slots__ = ()
 
 
 class Hardswish(Function):
     """torch.nn.functional.hardswish(x): x * clamp(x + 3, 0, 6) / 6"""
 
-    __slots__ = ()
-
 
 class Sigmoid(Function):
     """torch.sigmoid(x)"""
-
-    __slots__ = ()
 
 
 class Tanh(Function):
     """torch.tanh(x)"""
 
-    __slots__ = ()
-
 
 class Softplus(Function):
     """torch.nn.functional.softplus(x, beta, threshold): log(1 + exp(beta x)) / beta, x where beta x > threshold"""
-
-    __slots__ = ()
 
     def __init__(self, beta=1.0, threshold=20.0):
         beta, threshold = _number(self, "beta", beta), _number(self, "threshold", threshold)
@@ -247,8 +209,6 @@ class GELU(Function):
 
     Raises RuntimeError if `approximate` is another string.
     """
-
-    __slots__ = ()
 
     def __init__(self, approximate="none"):
         if not isinstance(approximate, str):
@@ -268,7 +228,8 @@ def _number(function, name, value, expected="a number"):
 
 def _is_tensor(value):
     """Whether `value` is an array or a tensor, found out without importing the libraries that define them."""
-    return hasattr(value, "__dlpack__") and hasattr(value, "shape")
+    # torch 2.6, when it compiles, denies that tensors have __dlpack__.
+    return hasattr(value, "shape") and (hasattr(value, "__dlpack__") or hasattr(value, "is_cuda"))
 
 
 def _show(value):

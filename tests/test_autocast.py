@@ -56,6 +56,15 @@ def test_nothing_is_cast_without_autocast(device):
         assert rawkern.conv_transpose2d(x, w).dtype is torch.float32
 
 
+def test_meta_tensors_have_no_autocast():
+    """As for torch's own functions, autocast for another device does not concern them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for op in OPS.values():
+            tensors = op.inputs(torch.float32, "meta")
+            ours, theirs = op.ours(*tensors), op.theirs(*tensors)
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+
+
 def test_chains_promote(device):
     x, o = torch.randn(2, 4, 3, 3, device=device, dtype=torch.bfloat16), torch.randn(4, 1, 1, device=device)
     with torch.autocast(device, torch.bfloat16):

@@ -1,12 +1,15 @@
 """rawkern.fuse: the same results as the model it was given, whatever that does, and chains where there are some."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
 import random
 import re
 import threading
+import types
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from pathlib import Path
 
 import pytest
@@ -274,6 +277,12 @@ class TestTails:
         model = Model(lambda m, y: m.norm(F.gelu(y * 2)), norm=nn.GroupNorm(2, 4, affine=False))
         fuse_and_compare(model, images(*X))
         assert calls == [CONV, "gelu_group_norm"]
+
+    def test_minimum_of_everything(self, calls):
+        """`min` and `max` without another tensor are no functions of the vocabulary."""
+        for function in (lambda m, y: y.min(), lambda m, y: F.relu(y).max(), lambda m, y: torch.min(input=y) * 2):
+            fuse_and_compare(Model(function), images(*X))
+        assert calls == [CONV]
 
     @pytest.mark.parametrize("before", [False, True])
     def test_layers_that_change_nothing_before_group_norm(self, before, calls):
@@ -596,6 +605,26 @@ def _inner_autocast(m, x):
         return F.relu(m.conv(m.up(x))).double()
 
 
+def _outer_autocast_off(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return F.relu(m.conv(m.up(x)))
+
+
+def _asks_for_autocast(m, x):
+    return F.relu(m.conv(m.up(x))) * (2.0 if torch.is_autocast_enabled("cpu") else 1.0)
+
+
+def _inference_mode_off(m, x):
+    with torch.inference_mode(False):
+        return F.relu(m.conv(m.up(x)))
+
+
+def _seeds(m, x):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return F.relu(m.conv(m.up(x)) * torch.rand_like(x[:1, :1, :1, :1]))
+
+
 def _accumulates(m, x):
     total = torch.zeros(4, 1, 1, dtype=torch.float64)
     total = total.index_fill(0, torch.tensor([1]), 1.0)
@@ -627,6 +656,7 @@ def _asks_torch_for_a_type(m, x):
     [
         _branch_on_value, _branch_on_shape, _assertion, _counter, _buffer_counter, _kept_in_a_list,
         _kept_in_an_attribute, _coin, _torch_coin, _without_gradients, _asks_for_gradients, _inner_autocast,
+        _outer_autocast_off, _asks_for_autocast, _inference_mode_off, _seeds,
         _accumulates, _changes_what_it_made, _loops_over_a_tensor, _asks_for_a_type, _asks_torch_for_a_type,
     ],
 )  # fmt: skip
@@ -660,6 +690,40 @@ def test_what_cannot_be_traced_is_run_as_it_is(forward, calls):
     assert set(calls) == ({CONV} if forward is not _inner_autocast else set())  # which does nothing to float64
     assert "cannot be traced" in rows[-1].result
     assert forward is not _accumulates or "neither an argument nor an attribute" in rows[-1].result
+
+
+def test_autocast_inside_counts_under_autocast_outside(calls):
+    """A forward that switches it off, or asks for it, does so at every call, not once when it was traced."""
+    for forward in (_outer_autocast_off, _asks_for_autocast):
+        model, x = Block(forward).float(), torch.randn(X)
+        fused = rawkern.fuse(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours, theirs = fused(x), model(x)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_kept_elsewhere_is_no_proxy(calls):
+    """In an object, in a list in a dictionary: a forward that keeps a value there keeps it at every call."""
+    kept = types.SimpleNamespace(last=None)
+
+    def in_an_object(m, x):
+        kept.last = m.up(x)
+        return F.relu(m.conv(kept.last))
+
+    def in_a_nested_list(m, x):
+        m.table["lists"][0].append(m.up(x))
+        return F.relu(m.conv(m.table["lists"][0][-1]))
+
+    x = images(*X)
+    for forward in (in_an_object, in_a_nested_list):
+        model = Block(forward)
+        model.table = {"lists": ([],)}
+        fused = rawkern.fuse(model)
+        assert model.table == {"lists": ([],)}
+        torch.testing.assert_close(fused(x), model(x))
+        assert forward is in_a_nested_list or type(kept.last) is torch.Tensor
+        assert forward is in_an_object or [type(value) for value in model.table["lists"][0]] == [torch.Tensor] * 2
 
 
 def test_a_parameter_that_an_untraceable_submodule_read_first(calls):
@@ -802,6 +866,11 @@ class TestState:
         torch.testing.assert_close(results[0], results[1])
         torch.testing.assert_close(results[0], results[2])
 
+    def test_on_meta(self, calls):
+        model = self.model().to("meta")
+        x = images(*X).to("meta")
+        assert rawkern.fuse(model)(x).shape == model(x).shape
+
     def test_moving(self, calls):
         model = self.model()
         fused = rawkern.fuse(model)
@@ -871,6 +940,48 @@ class TestState:
         assert calls == [CONV] * 40
         assert sum(len(plans) for plans in fused.forward._plans.values()) <= 16
 
+    def test_containers_in_attributes_may_change(self, calls):
+        model = Model(lambda m, y: F.relu(y) * m.gains["all"][0][0])
+        model.gains = {"all": ([2.0],)}
+        fused, x = rawkern.fuse(model), images(*X)
+        torch.testing.assert_close(fused(x), model(x))
+        model.gains["all"][0][0] = 3.0
+        torch.testing.assert_close(fused(x), model(x))
+        assert calls == [CONV] * 2
+
+    def test_a_circle_of_containers(self, calls):
+        model = Model(lambda m, y: F.relu(y))
+        model.circle = []
+        model.circle.append(model.circle)
+        fused, x = rawkern.fuse(model), images(*X)
+        made = fused.forward.plan(1)
+        torch.testing.assert_close(fused(x), model(x))
+        assert fused.forward.plan(1) is made and calls == [CONV]
+
+    @pytest.mark.parametrize("traceable", [True, False])
+    def test_something_new_at_every_call(self, traceable, calls):
+        """Making plans takes milliseconds: few are made, and fewer kept."""
+
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.count = nn.ConvTranspose2d(3, 4, 3).double(), 0
+
+            def forward(self, x, scale):
+                self.count += not traceable
+                return F.relu(self.conv(x)) * scale
+
+        model, x = Scaled(), images(*X)
+        fused = rawkern.fuse(model)
+        for time in range(400):
+            torch.testing.assert_close(fused(x, time / 7), model(x, time / 7))
+        assert len(calls) <= 80 and fused.count == model.count
+        assert 1 <= sum(len(plans) for plans in fused.forward._plans.values()) <= 80
+        calls.clear()
+        for _ in range(200):  # and when nothing is new any more, there soon is a plan
+            fused(x, 0.5)
+        assert calls or not traceable
+
     def test_methods_and_lists_speak_of_the_copy(self, calls):
         class Listing(nn.Module):
             def __init__(self):
@@ -892,6 +1003,42 @@ class TestState:
         assert fused.order[0] is fused.first and fused.activate.__self__ is fused
         torch.testing.assert_close(fused(x), -model(x))
         assert calls == [CONV]
+
+    @pytest.mark.parametrize(
+        "contained",
+        [
+            lambda module: OrderedDict(a=module),
+            lambda module: defaultdict(list, a=[module]),
+            lambda module: deque([module], 2),
+            lambda module: {module},
+            lambda module: (types.SimpleNamespace, [{"a": (module,)}]),
+            lambda module: namedtuple("Layers", "first")(module),
+            lambda module: functools.partial(nn.Module.__call__, module),
+        ],
+    )
+    def test_containers_speak_of_the_copy(self, contained, calls):
+        """What is called from a container is the fused model's, in its own mode."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.5)
+                self.contained = contained(self.drop)
+
+            def forward(self, x):
+                if isinstance(self.contained, functools.partial):
+                    return self.contained(x)
+                (module,) = (m for m in leaves(self.contained) if isinstance(m, nn.Module))
+                return module(x)
+
+        def leaves(value):
+            if isinstance(value, dict):
+                value = list(value.values())
+            return [x for v in value for x in leaves(v)] if isinstance(value, (list, tuple, set, deque)) else [value]
+
+        model, x = Model(), images(3, 4)
+        assert torch.equal(rawkern.fuse(model).eval()(x), x)
+        assert type(model.contained) is type(rawkern.fuse(model).contained) and model.training
 
     def test_twice(self, calls):
         model, x = Model(lambda m, y: F.relu(y)), images(*X)
@@ -1012,6 +1159,16 @@ def test_compiles_without_a_graph_break(calls):
     torch.testing.assert_close(compiled(x), model(x))
     fused.eval()
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    """With the kernels: the program has their operators in it."""
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU()).double()
+    x = images(*X)
+    program = torch.export.export(rawkern.fuse(model), (x,), strict=strict)
+    assert any("rawkern.conv_transpose2d" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 # Randomly generated chains ------------------------------------------------------------------------------------------

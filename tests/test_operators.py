@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import threading
 
+import numpy as np
 import pytest
 import sweep
 import torch
@@ -15,7 +16,7 @@ import rawkern
 from rawkern.autograd import dlpack
 from rawkern.autograd.operator import Operator, forget_plans, operators
 from rawkern.epilogue import Add, Div, Mul
-from rawkern.runtime import Kernel, Tape
+from rawkern.runtime import Kernel, Tape, pointer
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -24,13 +25,13 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def dispatched(monkeypatch):
     """(name, arguments) of every operator that is called, as the dispatcher would get them."""
     calls = []
-    run = Operator._run
+    repeated = Operator._repeated
 
-    def note(operator, tensors, static):
-        calls.append((operator.name, operator.op, operator._arguments(tensors, static)))
-        return run(operator, tensors, static)
+    def note(operator, tensors, key, addresses):
+        calls.append((operator.name, operator.op, operator._arguments(tensors, key[0])))
+        return repeated(operator, tensors, key, addresses)
 
-    monkeypatch.setattr(Operator, "_run", note)
+    monkeypatch.setattr(Operator, "_repeated", note)
     return calls
 
 
@@ -292,10 +293,10 @@ def test_memory_is_freed_at_once(name, compiled, device, no_garbage_collection, 
     """
     crossed, to_array = [], dlpack.to_array
 
-    def noted(tensor):
+    def noted(tensor, *name):
         if tensor is not None:
             crossed.append(StorageWeakRef(tensor.untyped_storage()))
-        return to_array(tensor)
+        return to_array(tensor, *name)
 
     monkeypatch.setattr(dlpack, "to_array", noted)
     torch._dynamo.reset()
@@ -345,3 +346,35 @@ def test_inference_mode(device):
         y = rawkern.gelu(x)
     assert y.is_inference()
     torch.testing.assert_close(y, torch.nn.functional.gelu(x))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_mistakes_name_the_tensor(requires_grad):
+    """Devices, layouts and dtypes that the kernels do not know."""
+    x, w = torch.randn(2, 4, 3, 3, requires_grad=requires_grad), torch.randn(4, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="input and weight are on different devices: cpu and meta"):
+        rawkern.group_norm(x, 2, torch.ones(4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"input and operands\[1\] are on different devices: cpu and meta"):
+        rawkern.conv_transpose2d(x, w, epilogue=(Add(torch.ones(1)), Mul(torch.ones(1, device="meta"))))
+    with pytest.raises(RuntimeError, match=r"rawkern takes strided tensors; weight is torch\.sparse_coo"):
+        rawkern.conv_transpose2d(x, w.to_sparse())
+    with pytest.raises(RuntimeError, match=r"weight has dtype torch\.float8_e4m3fn; rawkern's kernels take float64"):
+        rawkern.conv_transpose2d(x, w.to(torch.float8_e4m3fn))
+
+
+def test_storages_stay_resizable():
+    """As FSDP needs them; and they can be written, also where NumPy is given a view that is read-only."""
+    tensors = (
+        torch.arange(6.0).view(2, 3).T,
+        torch.ones(2, 1).expand(2, 4),
+        torch.ones(0, 3),
+        torch.ones(2, dtype=torch.int16),
+    )
+    for tensor in tensors:
+        array = dlpack.to_array(tensor)
+        memory = np.asarray(dlpack._Memory(tensor, array))
+        for view in (array, memory):
+            assert view.shape == tensor.shape and view.dtype == array.dtype and view.flags.writeable
+            assert view.strides == array.strides and (view == array).all()
+            assert not view.size or pointer(view) == tensor.data_ptr()
+        tensor.untyped_storage().resize_(64)

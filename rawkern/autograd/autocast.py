@@ -11,7 +11,8 @@ def is_on(tensor):
     """Whether autocast is on for the tensor's device."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return False  # the same answer in a third of the time
-    return torch.is_autocast_enabled(tensor.device.type)
+    device_type = tensor.device.type
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)  # meta has no autocast
 
 
 def lowered(input, *tensors):

@@ -84,12 +84,12 @@ def _convolved(input, weight, bias, operands, signature, numbers, convolution):
 def convolution_of(stride, padding, output_padding, dilation, groups, precision):
     """The tuple that describes a convolution. Raises as torch for what are no ints, ValueError for the precision."""
     return (
-        pair(stride, "stride"),
-        pair(padding, "padding"),
-        pair(output_padding, "output_padding"),
-        pair(dilation, "dilation"),
-        check_groups(groups),
-        check_precision(precision),
+        (stride, stride) if type(stride) is int else pair(stride, "stride"),
+        (padding, padding) if type(padding) is int else pair(padding, "padding"),
+        (output_padding, output_padding) if type(output_padding) is int else pair(output_padding, "output_padding"),
+        (dilation, dilation) if type(dilation) is int else pair(dilation, "dilation"),
+        groups if type(groups) is int else check_groups(groups),
+        None if precision is None else check_precision(precision),
     )
 
 

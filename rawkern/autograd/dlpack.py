@@ -26,16 +26,28 @@ _TORCH_DTYPES = {
 }
 
 
-def to_array(tensor):
-    """The tensor's memory as a NumPy or CuPy array; None stays None."""
+class _Memory:
+    """A tensor's memory, which may be written, for NumPy: like `array`, a view of it that is read-only."""
+
+    def __init__(self, tensor, array):
+        self._tensor = tensor  # kept alive by what NumPy makes of this
+        self.__array_interface__ = {**array.__array_interface__, "data": (tensor.data_ptr(), False)}
+
+
+def to_array(tensor, name="the argument"):
+    """The tensor's memory as a NumPy or CuPy array; None stays None. Errors call it `name`."""
     if tensor is None:
         return None
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(f"rawkern runs on cpu and cuda tensors, not on {tensor.device}")
+        raise RuntimeError(f"rawkern runs on cpu and cuda tensors; {name} is on {tensor.device}")
     if tensor.layout is not torch.strided:
-        raise RuntimeError(f"rawkern takes strided tensors, not {tensor.layout}")
+        raise RuntimeError(f"rawkern takes strided tensors; {name} is {tensor.layout}")
+    if tensor.is_floating_point() and tensor.dtype not in _TORCH_DTYPES.values():
+        raise RuntimeError(
+            f"{name} has dtype {tensor.dtype}; rawkern's kernels take float64, float32, float16, bfloat16"
+        )
     tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -48,7 +60,9 @@ def to_array(tensor):
         # A capsule: no bookkeeping of streams, which launches do themselves.
         array = cupy.from_dlpack(to_dlpack(tensor))
     else:
-        array = np.from_dlpack(tensor)
+        array = np.from_dlpack(tensor)  # Tensor.numpy() would forbid FSDP to resize the storage later
+        if not array.flags.writeable:  # so it is with torch 2.6
+            array = np.asarray(_Memory(tensor, array))
     return array.view(bfloat16) if is_bfloat16 else array
 
 
@@ -77,8 +91,12 @@ def _current_stream(index):
 class Recording:
     """One call of an operator's body on ordinary tensors: its outputs, and what its launchers launched."""
 
-    def __init__(self, tensors):
-        self._arrays = {id(tensor): to_array(tensor) for tensor in tensors if tensor is not None}
+    def __init__(self, names, tensors):
+        self._arrays = {
+            id(tensor): to_array(tensor, name)
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor is not None
+        }
         self._like = tensors[0]
         self._outputs = []
         arrays = [None if tensor is None else self._arrays[id(tensor)] for tensor in tensors]
@@ -152,8 +170,7 @@ class Plan:
         self._tape = tape
         self._gpu = like.device.index if like.is_cuda else None
         self._outputs = [
-            (output.shape, output.stride(), {} if output.dtype is like.dtype else {"dtype": output.dtype})
-            for output in outputs
+            (output.shape, output.stride(), None if output.dtype is like.dtype else output.dtype) for output in outputs
         ]
         places = {id(output): i for i, output in enumerate(outputs)}
         self._single = isinstance(results, torch.Tensor)
@@ -163,8 +180,11 @@ class Plan:
     def repeat(self, like, addresses):
         """Does it for tensors with these addresses, of which `like` is the one; returns the results."""
         outputs = []
-        for shape, strides, options in self._outputs:
-            output = like.new_empty_strided(shape, strides, **options)
+        for shape, strides, dtype in self._outputs:
+            if dtype is None:  # an argument less to parse
+                output = like.new_empty_strided(shape, strides)
+            else:
+                output = like.new_empty_strided(shape, strides, dtype=dtype)
             outputs.append(output)
             addresses.append(output.data_ptr())
         if self._workspace:

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from ..runtime import ALIGNMENT
 from .dlpack import Recording, to_array
 from .precision import default_precision
-from .shapes_only import ShapesOnly
+from .shapes_only import ShapesOnly, check_devices
 
 _LIBRARY = torch.library.Library("rawkern", "DEF")
 _OPERATORS = []
@@ -71,15 +71,29 @@ class Operator:
         if torch.compiler.is_compiling():
             return self._dispatch(tensors, static)
         if is_plain(tensors):
+            key, addresses = self._kind(tensors, static)
+            if addresses is None:
+                return self(_with_memory(self._names_of(tensors), tensors), static)
             if needs_gradient(tensors):
-                return self._apply(*unwrapped(tensors), static)
-            return self._run(tensors, static)
+                return self._apply(*tensors, (static, key, addresses))
+            return self._repeated(tensors, key, addresses)
         if is_transformed() and not is_inside_rule():
             return self._transformable.apply(*tensors, static)
         return self._dispatch(tensors, static)
 
     def _run(self, tensors, static):
         """On ordinary tensors, without derivatives."""
+        key, addresses = self._kind(tensors, static)
+        if addresses is None:
+            return self._run(_with_memory(self._names_of(tensors), tensors), static)
+        return self._repeated(tensors, key, addresses)
+
+    def _kind(self, tensors, static):
+        """(what a call has in common with all that launch the same, the tensors' addresses).
+
+        The first element of the former are the static arguments with the precision filled in. (None, None) if a tensor
+        has no memory of its own.
+        """
         if self._has_precision and static[-1] is None:
             static = *static[:-1], default_precision(tensors[0])
         key, addresses = [static], []
@@ -93,34 +107,24 @@ class Operator:
                     addresses.append(address)
                     key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % ALIGNMENT)
         except RuntimeError:
-            addresses = None
-        if addresses is None:
-            return self._run_without_addresses(tensors, static)
+            return None, None
         if len(set(addresses)) < len(addresses):
             key.append(tuple(map(addresses.index, addresses)))  # which tensors are one and the same
-        key = tuple(key)
+        return tuple(key), addresses
+
+    def _repeated(self, tensors, key, addresses):
+        """The outputs: by the launches of an earlier call of this kind, or by the first."""
         plan = self._plans.get(key)
-        return self._decide(key, tensors, static) if plan is None else plan.repeat(tensors[0], addresses)
+        return self._decide(key, tensors) if plan is None else plan.repeat(tensors[0], addresses)
 
-    def _run_without_addresses(self, tensors, static):
-        """`_run` for tensors of which one has no memory of its own."""
-        inner = unwrapped(tensors)
-        if any(new is not old for new, old in zip(inner, tensors, strict=True)):
-            return self._run(inner, static)
-        for tensor in tensors:
-            if tensor is not None and is_legacy_batchedtensor(tensor):
-                raise RuntimeError(
-                    "rawkern's functions are batched by torch.vmap and torch.func, not by is_grads_batched=True or "
-                    "torch.autograd.functional's vectorize=True"
-                )
-            to_array(tensor)  # says what kind of tensor this is
-        raise RuntimeError("rawkern takes tensors that have memory")
-
-    def _decide(self, key, tensors, static):
+    def _decide(self, key, tensors):
         """Runs the body, and remembers what it launched for the next call with this key."""
+        static = key[0]
         if tensors[0].is_meta:
             return self._fake(*self._arguments(tensors, static))
-        recording = Recording(tensors)
+        names = self._names_of(tensors)
+        check_devices(names, tensors)
+        recording = Recording(names, tensors)
         outputs = self._body(recording, *self._arguments(tensors, static))
         plan = recording.plan(outputs)
         if plan is not None:
@@ -151,9 +155,12 @@ class Operator:
     def _fake(self, *arguments):
         """The outputs' shapes, dtypes and strides."""
         tensors, static = self._parts(arguments)
-        singles, more = self._names[: self._singles], range(len(tensors) - self._singles)
-        names = *singles, *(f"{self._names[self._singles]}[{i}]" for i in more)
-        return self._body(ShapesOnly(names, tensors), *self._arguments(tensors, static))
+        return self._body(ShapesOnly(self._names_of(tensors), tensors), *self._arguments(tensors, static))
+
+    def _names_of(self, tensors):
+        """The names of all tensors in a row."""
+        more = range(len(tensors) - self._singles)
+        return *self._names[: self._singles], *(f"{self._names[self._singles]}[{i}]" for i in more)
 
     def _functions(self):
         operator = self
@@ -161,8 +168,8 @@ class Operator:
         class Bare(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *arguments):
-                tensors, static = arguments[:-1], arguments[-1]
-                outputs = operator._run(tensors, static)
+                tensors, (static, key, addresses) = arguments[:-1], arguments[-1]
+                outputs = operator._repeated(tensors, key, addresses)
                 ctx.set_materialize_grads(False)
                 operator._setup_context(ctx, tensors, static, outputs)
                 return outputs
@@ -302,6 +309,21 @@ def is_inside_rule():
     The transform is active all the while, to pass operators on to the next one; a Function it does not take there.
     """
     return is_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+
+
+def _with_memory(names, tensors):
+    """The tensors, of which one has no memory of its own, without what wraps them. Raises if that is not the reason."""
+    inner = unwrapped(tensors)
+    if any(new is not old for new, old in zip(inner, tensors, strict=True)):
+        return inner
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and is_legacy_batchedtensor(tensor):
+            raise RuntimeError(
+                "rawkern's functions are batched by torch.vmap and torch.func, not by is_grads_batched=True or "
+                "torch.autograd.functional's vectorize=True"
+            )
+        to_array(tensor, name)  # says what kind of tensor this is
+    raise RuntimeError("rawkern takes tensors that have memory")
 
 
 def unwrapped(tensors):

@@ -32,7 +32,8 @@ def pointwise(input, chain):
 
 def pointwise_of(input, signature, numbers=(), tensors=()):
     """`pointwise` for the parts of a chain, see `launchers.chain.Chain`."""
-    check_chain(input, tensors)
+    if tensors or not isinstance(input, torch.Tensor):
+        check_chain(input, tensors)
     if tensors or "Softplus" in signature:
         input, *tensors = _autocast(input, tensors, signature)
         tensors = contiguous(tensors)

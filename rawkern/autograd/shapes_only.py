@@ -19,12 +19,11 @@ class ShapesOnly:
     """
 
     def __init__(self, names, tensors):
+        check_devices(names, tensors)
         named = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None]
         first_name, first = named[0]
         for name, tensor in named[1:]:
             pair = f"{first_name} and {name}"
-            if tensor.device != first.device:
-                raise RuntimeError(f"{pair} are on different devices: {first.device} and {tensor.device}")
             if tensor.dtype != first.dtype and name not in _KEPT:
                 raise RuntimeError(f"{pair} have different dtypes: {first.dtype} and {tensor.dtype}")
 
@@ -42,3 +41,12 @@ class ShapesOnly:
 
     def __call__(self, launcher, *arguments, **options):
         return None
+
+
+def check_devices(names, tensors):
+    """Raises RuntimeError where tensors (None is skipped) are on different devices, naming both."""
+    named = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None]
+    first_name, first = named[0]
+    for name, tensor in named[1:]:
+        if tensor.device != first.device:
+            raise RuntimeError(f"{first_name} and {name} are on different devices: {first.device} and {tensor.device}")

@@ -37,7 +37,9 @@ def fuse(model, *, report=False):
         A model of the same class. It shares parameters, buffers and hooks with `model`: training, loading or moving
         either is seen in both, and the state_dict is the same. `training` is its own, copied now. Attributes that are
         neither parameters nor buffers are copied now, too; a change of those of the returned model is noticed. It can
-        be fused again, copied, and pickled if `model` can.
+        be fused again, copied by copy.deepcopy, and pickled if `model` can. Copies that share its attributes, as
+        copy.copy and torch.nn.DataParallel make them, run with the parameters and attributes of what they were copied
+        from. torch.nn.utils.parametrize comes before: it would change one of the two models only.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.

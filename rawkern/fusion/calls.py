@@ -9,6 +9,17 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.dev
 _TENSOR = object()
 
 
+def _hashable(spec):
+    """What stands for a `TreeSpec`: torch 2.6 has lists in those of dictionaries, which thus have no hash."""
+    return spec if _SPECS_ARE_HASHABLE else repr(spec)
+
+
+try:
+    _SPECS_ARE_HASHABLE = bool(hash(pytree.tree_flatten({"": 0})[1])) or True
+except TypeError:
+    _SPECS_ARE_HASHABLE = False
+
+
 class Call:
     """One kind of call: compares equal to another that differs only in its tensors.
 
@@ -20,7 +31,7 @@ class Call:
 
     def __init__(self, spec, constants):
         self._spec, self._constants = spec, constants
-        self._key = spec, tuple((type(constant), constant) for constant in constants)
+        self._key = _hashable(spec), tuple((type(constant), constant) for constant in constants)
         self._hash = hash(self._key)
         self.count = sum(constant is _TENSOR for constant in constants)
 

@@ -16,8 +16,11 @@ from .state import Watch
 from .tracing import UntraceableError, trace
 from .views import OwnForward
 
-#: Plans that one module keeps; a module whose state changes at every call makes a new one each time.
-_MAX_PLANS = 16
+#: Plans that one module keeps for one kind of call, and kinds of calls for which it keeps some.
+_MAX_PLANS, _MAX_CALLS = 16, 64
+#: Making a plan takes milliseconds. A module that needed so many is asked for something new at every call, as by a
+#: counter among its attributes or a number among its arguments; then only one miss of so many still makes one.
+_PATIENCE = 64
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,18 @@ class FusedForward(OwnForward):
 
     def __init__(self, module):
         self.module = module
-        self._plans = {}
+        self._plans, self._misses = {}, 0
         self._lock = threading.RLock()
 
     @property
     def __wrapped__(self):
         """The forward of the class, for inspect.signature."""
         return type(self.module).forward.__get__(self.module)
+
+    @property
+    def __code__(self):
+        """That of the forward of the class: torch.export wants to know where it is written."""
+        return type(self.module).forward.__code__
 
     def __reduce__(self):
         return type(self), (self.module,)  # copies and pickles make their own plans
@@ -78,8 +86,13 @@ class FusedForward(OwnForward):
     @torch.compiler.disable
     def _new_plan(self, call):
         with self._lock:
+            self._misses += 1
+            if self._misses > _PATIENCE and self._misses % _PATIENCE:
+                return Plan(self.module.training, Watch([]))
             plan = make_plan(self.module, call)
-            plans = [plan, *self._plans.get(call, ())][:_MAX_PLANS]
+            plans = [plan, *self._plans.pop(call, ())][:_MAX_PLANS]
+            if len(self._plans) >= _MAX_CALLS:
+                del self._plans[next(iter(self._plans))]
             self._plans[call] = sorted(plans, key=lambda plan: plan.forward is None)  # those with chains first
         return plan
 

@@ -6,6 +6,7 @@ nodes run as they were, so that the result, or the error, is torch's.
 """
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ..autograd.conv_transpose2d import conv_transpose2d
 from ..autograd.conv_transpose2d_gelu_group_norm import conv_transpose2d_gelu_group_norm
@@ -17,6 +18,8 @@ from ..epilogue import Softplus
 from .patterns import Computed, Operand, Scalar, fits
 
 _FULL = (torch.float64, torch.float32)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # the last stands for the others in torch.export
+_DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -191,7 +194,7 @@ class _Convolution:
 
 def is_known(value):
     """Whether `value` is a tensor that rawkern takes."""
-    return _is_plain(value) and value.dtype in _DTYPES and value.device.type in ("cpu", "cuda")
+    return _is_plain(value) and value.dtype in _DTYPES and value.device.type in _DEVICES
 
 
 def like(value, model):
@@ -200,11 +203,11 @@ def like(value, model):
 
 
 def _is_plain(value):
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return type(value) in _PLAIN and value.layout is torch.strided
 
 
 def is_autocast(tensor):
-    return torch.is_autocast_enabled(tensor.device.type)
+    return tensor.device.type in _DEVICES and torch.is_autocast_enabled(tensor.device.type)
 
 
 def autocast_dtype(tensor):

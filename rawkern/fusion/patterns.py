@@ -230,6 +230,8 @@ def _binary(kind, other, root, channels):
 
 def _limit(kind):
     def build(given, value, root, channels):
+        if "other" not in given:  # the minimum of all elements
+            return None
         other = given["other"] if given["input"] is value else given["input"]
         constant = constant_of(other)
         return None if constant is None else (Scalar(kind, constant),)

@@ -4,20 +4,23 @@ torch.fx records what happens to proxies and believes that everything else in a 
 call. Where that would change what the model computes, the module is not traced (`UntraceableError`) and keeps its own
 forward. That is so for a forward that
   - branches on values, on shapes, or on the type of what is not known to be a tensor;
-  - asks whether gradients are enabled, or switches gradients or autocast on or off;
+  - asks whether gradients, inference mode or autocast are on, or switches them on or off, even if they are so already;
   - draws random numbers that torch.fx does not record;
-  - changes attributes of its module;
+  - changes attributes of its module, or keeps intermediate values elsewhere;
   - makes tensors that are not recorded, and which a later step might change.
 A submodule of which this is true does not prevent the tracing of its parent: it becomes one node of the parent's graph.
 """
 
 import contextlib
 import functools
+import gc
 import math
 import operator
 import random
 import sys
 import threading
+import types
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -54,6 +57,8 @@ def trace(module, call, inline=None):
     try:
         with _LOCK, _unchanged_random_state(), tracer.patched_torch():
             graph = tracer.trace(module)
+            if tracer.has_living_proxies():
+                raise UntraceableError("forward keeps an intermediate value somewhere")
     except UntraceableError:
         raise
     except Exception as error:  # a forward may raise anything when it is given proxies
@@ -79,7 +84,13 @@ def is_leaf(module):
     return layer or is_opaque(module) or has_hooks(module)
 
 
-_is_grad_enabled = torch.is_grad_enabled
+#: Functions of torch that a forward may not call: what they tell, or switch to, may be another thing than was so before
+#: at one call and the same at the next. Contexts such as torch.no_grad() and torch.autocast() call them, too.
+QUESTIONS = (
+    "get_autocast_dtype", "get_rng_state", "is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled",
+    "manual_seed", "set_autocast_enabled", "set_rng_state",
+)  # fmt: skip
+_ask = types.SimpleNamespace(**{name: getattr(torch, name) for name in QUESTIONS})
 
 
 def _first_line(error):
@@ -88,8 +99,8 @@ def _first_line(error):
 
 def _context():
     """What contexts a forward may switch that change its results or gradients."""
-    autocast = ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
-    return _is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    autocast = ((_ask.is_autocast_enabled(kind), _ask.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return _ask.is_grad_enabled(), _ask.is_inference_mode_enabled(), *autocast
 
 
 @contextlib.contextmanager
@@ -107,7 +118,7 @@ def _unchanged_random_state():
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(torchs[0])
+        _ask.set_rng_state(torchs[0])
         if len(torchs) > 1:
             torch.cuda.set_rng_state_all(torchs[1:])
 
@@ -115,7 +126,7 @@ def _unchanged_random_state():
 def _torch_random_states():
     """The state of torch's generator on the CPU, then of those of the GPUs, if CUDA is in use."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
+    return [_ask.get_rng_state(), *gpus]
 
 
 def _is_tensor(obj):
@@ -183,6 +194,7 @@ class Tracer(fx.Tracer):
         self._call, self._inline = call, inline
         self._calls, self._call_count = [], 0
         self._thread = threading.get_ident()
+        self._proxies = []
         self._made = {}  # by id: the tensor, and how it was made
         self._context = _context()
 
@@ -195,7 +207,17 @@ class Tracer(fx.Tracer):
         return forward, [self.root, *tensors]
 
     def proxy(self, node):
-        return Proxy(node, self)
+        proxy = Proxy(node, self)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def has_living_proxies(self):
+        """Whether somebody still has a proxy, after tracing."""
+        living = any(proxy() is not None for proxy in self._proxies)
+        if living:  # perhaps in a circle of references
+            gc.collect()
+            living = any(proxy() is not None for proxy in self._proxies)
+        return living
 
     def create_node(self, *args, **kwargs):
         if _context() != self._context:
@@ -258,13 +280,21 @@ class Tracer(fx.Tracer):
                 function = self._recorded(getattr(torch, name))
                 stack.enter_context(mock.patch.object(torch, name, function))
             stack.enter_context(mock.patch.object(torch, "is_tensor", _is_tensor))
-            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", self._no_question))
+            for name in QUESTIONS:
+                stack.enter_context(mock.patch.object(torch, name, self._refused(getattr(_ask, name), name)))
+            enter = torch.inference_mode.__enter__
+            refused = self._refused(enter, "inference_mode")
+            stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", refused))
             yield
 
-    def _no_question(self):
-        if threading.get_ident() != self._thread:
-            return _is_grad_enabled()
-        raise UntraceableError("forward asks whether gradients are enabled, or switches them")
+    def _refused(self, function, name):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            if threading.get_ident() != self._thread:
+                return function(*args, **kwargs)
+            raise UntraceableError(f"forward calls torch.{name}, or what does so")
+
+        return wrapped
 
     def _recorded(self, function):
         @functools.wraps(function)

@@ -5,10 +5,14 @@ original, so that moving, loading and training either of them does the same to b
 shared as well. What differs is the tree of submodules, and with it `training` and the forward that `fuse` gives a copy.
 """
 
+import functools
 import types
+from collections import OrderedDict, defaultdict, deque
 
 import torch
 
+#: Containers in containers are looked into so far; some hold themselves.
+DEPTH = 6
 INTERNAL = frozenset(torch.nn.Module().__dict__)
 
 
@@ -58,16 +62,34 @@ def _copy_tree(module, copies):
     return copies[module]
 
 
-def _translated(value, copies):
+def _translated(value, copies, depth=DEPTH):
     """`value` with the copies in the place of the originals, where it is a module, a method of one, or holds some."""
     if isinstance(value, torch.nn.Module):
         return copies.get(value, value)
     if isinstance(value, types.MethodType) and isinstance(value.__self__, torch.nn.Module):
         return types.MethodType(value.__func__, copies.get(value.__self__, value.__self__))
-    if type(value) in (list, tuple):
-        items = [_translated(item, copies) for item in value]
-        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
-    if type(value) is dict:
-        items = {key: _translated(item, copies) for key, item in value.items()}
-        return value if all(items[key] is value[key] for key in value) else items
+    if not depth:
+        return value
+    if type(value) is functools.partial:
+        parts = value.func, value.args, value.keywords
+        new = tuple(_translated(part, copies, depth - 1) for part in parts)
+        return value if _are_same(new, parts) else functools.partial(new[0], *new[1], **new[2])
+    if type(value) in (list, tuple, set, deque) or (isinstance(value, tuple) and hasattr(value, "_make")):
+        items = [_translated(item, copies, depth - 1) for item in value]
+        if _are_same(items, value):
+            return value
+        if isinstance(value, deque):
+            return deque(items, value.maxlen)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if type(value) in (dict, OrderedDict, defaultdict):
+        items = [_translated(item, copies, depth - 1) for item in value.values()]
+        if _are_same(items, value.values()):
+            return value
+        translated = value.copy()  # with what a defaultdict makes new items by
+        translated.update(zip(value, items, strict=True))
+        return translated
     return value
+
+
+def _are_same(items, others):
+    return all(a is b for a, b in zip(items, others, strict=True))
