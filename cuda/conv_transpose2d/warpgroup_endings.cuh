@@ -1,111 +1,369 @@
 // What becomes of a warpgroup's sums (warpgroup_gather.cuh): the same three endings as endings.cuh has for a block's.
 //
-// A warp owns 16 of a job's output channels by all its columns. It passes its sums chunk by chunk through a piece of
-// shared memory of its own, so that lanes run along the output as it lies in memory, the phases of a pass interleaved,
-// and no warp waits for another; only the minimum over channels has to meet. The code that ends a chunk exists once;
-// several channels
-// are unrolled, so that their loads and functions overlap. The sums of the columns beyond the tile
-// are dropped here.
+// A warp owns 16 of a job's output channels by all its columns, and ends them chunk by chunk: 32 outputs of each
+// channel, 16 values of each thread. It has a scheduler almost to itself, so nothing hides what it waits for: a chunk's
+// values go through their functions together, in the registers where they were summed. The code for a chunk is
+// written out once; only taking a chunk out of the 128 sums, which no instruction can index, is written out for each. A
+// thread's values belong to two channels, whose bias and operands are loaded once per job. Where a chunk lies in the
+// output is counted up from the one before, without a division.
+//
+// A thread has two neighbouring base pixels in all phases of the pass: a run of 2, 4 or 8 outputs of a row. Where these
+// are neighbours in memory, aligned, and exist whole or not at all, they are stored straight from the registers, 8 or
+// 16 bytes at a time. Otherwise (odd widths, strides without such a pass, channels last, 16-bit types with a stride of
+// 1) chunks pass through a piece of shared memory of the warp's own, from where lanes run along the output as it lies
+// in memory. No warp waits for another; only the minimum over channels has to meet. The sums of the columns beyond the
+// tile are dropped.
 #pragma once
 #include "chain.cuh"
 #include "moments.cuh"
+#include "opaque.cuh"
 #include "warpgroup_gather.cuh"
+#include "wide_store.cuh"
 
 namespace rawkern {
 
 constexpr int kWarpRows = 16;
-constexpr int kTogether = 8;  // rows whose functions overlap: more take more registers than there are
+constexpr int kTogether = 8;  // values that a lane reads back from shared memory at a time
 
-// The channels of a warp: `first` over all groups, and how many of its rows exist.
+// The channels of a warp: `first` over all groups, and how many of its rows exist. And which of them a lane has; what
+// follows from the lane is computed per job, or it would take registers while products are summed.
 struct WarpRows {
-  int first, count;
+  int first, count, lane;
 
   __device__ WarpRows(const WarpgroupParams& p, int group_row, int first_row) {
     int row = first_row + threadIdx.x / kWarp % 4 * kWarpRows, left = p.rows - row;
     first = group_row + row;
     count = left < 0 ? 0 : left < kWarpRows ? left : kWarpRows;
+    lane = opaque(int(threadIdx.x % kWarp));
   }
+  // A thread's accumulators belong to two rows, r = 0 and 1.
+  __device__ int of_thread(int r) const { return lane / 4 + 8 * r; }
+  __device__ bool has(int r) const { return of_thread(r) < count; }
+  // The channel of that row; where it does not exist, of one that does, if any does.
+  __device__ int channel(int r) const { return first + (has(r) ? of_thread(r) : 0); }
 };
 
-// A thread's accumulators belong to two of its warp's rows; their biases.
+// The biases of a thread's two rows.
 template <class T>
 struct FragmentBias {
   float value[2];
 
   __device__ FragmentBias(const void* bias, const WarpRows& rows) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int row = threadIdx.x % kWarp / 4 + 8 * r;
-      value[r] = bias && row < rows.count ? to_accumulator(static_cast<const T*>(bias)[rows.first + row]) : 0.0f;
+    for (int r = 0; r < 2; ++r)
+      value[r] = bias && rows.has(r) ? to_accumulator(static_cast<const T*>(bias)[rows.channel(r)]) : 0.0f;
+  }
+};
+
+// A thread's part of a chunk, which is 16 rows (channels) of 32 outputs: kGroups groups of 8 base pixels, in kPhases
+// phases each. Of two rows and every group a thread has two neighbouring pixels, a run of kRun outputs.
+template <class Gather>
+struct Fragment {
+  static constexpr int kPhases = Gather::kPhases, kGroups = kWarp / 8 / kPhases, kRun = 2 * kPhases;
+  static constexpr int kCount = Gather::kPixels / (8 * kGroups);  // chunks of a job
+
+  float value[2][kGroups][kRun];
+
+  // Chunk `chunk` of the sums, with their biases: a tree of branches, which all lanes take together.
+  template <int kFirst = 0, int kChunks = kCount>
+  __device__ void take(const float (&sum)[kPhases][Gather::kPixels / 2], int chunk, const float (&bias)[2]) {
+    if constexpr (kChunks > 1) {
+      if (!(chunk & kChunks / 2))
+        take<kFirst, kChunks / 2>(sum, chunk, bias);
+      else
+        take<kFirst + kChunks / 2, kChunks / 2>(sum, chunk, bias);
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+          for (int k = 0; k < kRun; ++k)
+            value[r][g][k] = sum[k % kPhases][(kFirst * kGroups + g) * 4 + r * 2 + k / kPhases] + bias[r];
+    }
+  }
+
+  // Which pixel of its group, and which phase, value k of a run belongs to.
+  __device__ static int pixel_of(int lane, int k) { return lane % 4 * 2 + k / kPhases; }
+  __device__ static int phase_of(int k) { return k % kPhases; }
+};
+
+// The same, rounded to the element type.
+template <class T, class Gather>
+struct RoundedFragment {
+  using Values = Fragment<Gather>;
+  static constexpr int kGroups = Values::kGroups, kRun = Values::kRun;
+
+  Two<T> pair[2][kGroups][kRun / 2];
+
+  __device__ explicit RoundedFragment(const Values& values) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int k = 0; k < kRun; k += 2)
+          pair[r][g][k / 2] = Two<T>::from(values.value[r][g][k], values.value[r][g][k + 1]);
+  }
+
+  __device__ void get(Values& values) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int k = 0; k < kRun; k += 2) {
+          values.value[r][g][k] = pair[r][g][k / 2].first();
+          values.value[r][g][k + 1] = pair[r][g][k / 2].second();
+        }
+  }
+
+  // visit(offset in elements, words) for one of its runs, up to 16 bytes at a time.
+  static constexpr int kEach = Two<T>::kWords, kRunWords = kRun / 2 * kEach, kWords = kRunWords < 4 ? kRunWords : 4;
+  using Words = Vector<unsigned, kWords>;
+  template <class Visit>
+  __device__ void for_each_piece(int r, int g, Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kRunWords; i += kWords) {
+      Words words;
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) words.values[k] = pair[r][g][(i + k) / kEach].words[(i + k) % kEach];
+      visit(i / kEach * 2, words);
     }
   }
 };
 
-// One warp's chunk: 16 rows (channels) of 32 values, kPixels base pixels of each of kPhases phases. In shared memory a
-// phase's pixels lie together, as the accumulators do; lane by lane the phases are interleaved, as the output is. Rows
-// are 8 words longer, which keeps the fragments' stores free of bank conflicts.
-template <class Gather>
-struct alignas(16) Chunk {
-  static constexpr int kPhases = Gather::kPhases;
-  static constexpr int kPixels = kWarp / kPhases, kStride = kWarp + 8;
-  static constexpr int kCount = Gather::kPixels / kPixels;
-
-  float at[kWarpRows][kStride];
-
-  // The column in shared memory of an output column, and the other way round.
-  __device__ static int place_of(int column) { return column % kPhases * kPixels + column / kPhases; }
-  __device__ static int column_at(int place) { return place % kPixels * kPhases + place / kPixels; }
-
-  // Writes chunk `chunk` of the sums, with their biases. Registers are indexed by constants, the loop over chunks stays
-  // rolled.
-  template <class Bias>
-  __device__ void fill(const float (&sum)[kPhases][Gather::kPixels / 2], int chunk, const Bias& bias) {
-    struct alignas(8) Pair {
-      float values[2];
-    };
-    int row = threadIdx.x % kWarp / 4, pixel = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      if (c != chunk) continue;
-#pragma unroll
-      for (int i = 0; i < kPhases; ++i)
-#pragma unroll
-        for (int j = 0; j < kPixels / 8; ++j)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float* from = &sum[i][(c * (kPixels / 8) + j) * 4 + r * 2];
-            *reinterpret_cast<Pair*>(&at[row + 8 * r][i * kPixels + 8 * j + pixel]) =
-                Pair{{from[0] + bias.value[r], from[1] + bias.value[r]}};
-          }
-    }
-  }
-
-  // The value of row 0 in this lane's output column; rows are kStride apart.
-  __device__ float* column() { return &at[0][place_of(threadIdx.x % kWarp)]; }
+// A group of 8 base pixels: the place of the first one in its first phase, in elements, and how many exist
+// (any number below 1 if none does, above 8 if all).
+struct PixelGroup {
+  int64 place;
+  int left;
 };
 
-// Where the values of a chunk go: each lane has a column, the output of a base pixel in one phase.
-template <class Gather>
-struct OutColumns {
+// Walks along a job's columns, group by group; a row of the tile is a whole number of them. The same for all lanes.
+// Places are those of one channel.
+struct ColumnWalk {
   const WarpgroupParams& p;
-  const TilePlace& tile;
-  Divisor pitch;
-  int phase_h, phase_w;
+  int rows_left, row, image_rows;  // of the tile; and from here on in the image, and how many that one has
+  int column, limit, last_phases;  // of the tile, its pixels that exist, and the phases that exist of the last of these
+  int64 place;                     // of the row's first pixel
+  int64 next_row, next_image;      // from there to that of the next row, or, after an image's last row, the next image
 
-  __device__ OutColumns(const WarpgroupParams& p, const TilePlace& tile, const Job& job)
-      : p(p), tile(tile), pitch(p.pitch), phase_h(p.phase[job.pass][0]), phase_w(p.phase[job.pass][1]) {}
-
-  // The place of this lane's column, channel 0, in elements; -1 where there is no such pixel.
-  __device__ int64 place(int chunk) const {
-    int lane = threadIdx.x % kWarp, column, image, at_row;
-    int row = pitch.divide(chunk * Chunk<Gather>::kPixels + lane / Gather::kPhases, column);
-    tile.locate(p, row, image, at_row);
-    int base = tile.column + column;
-    int h = p.out_step[0] * at_row + phase_h, w = p.out_step[1] * base + phase_w + lane % Gather::kPhases;
-    bool exists = row < p.tile_rows && column < p.tile_columns && image < p.batch && at_row < p.base_size[0] &&
-                  base < p.base_size[1] && h < p.out_size[0] && w < p.out_size[1];
-    return exists ? image * p.out_strides[0] + h * p.out_strides[2] + w * p.out_strides[3] : int64(-1);
+  __device__ ColumnWalk(const WarpgroupParams& p, const TilePlace& tile, const Job& job, int channel)
+      : p(p), row(tile.row), column(0) {
+    int first_h = p.phase[job.pass][0], first_w = p.phase[job.pass][1];
+    // Only the last base pixel of a row or column can lack phases, perhaps all.
+    image_rows = p.base_size[0] - (p.out_step[0] * (p.base_size[0] - 1) + first_h >= p.out_size[0]);
+    int columns = p.base_size[1] - (p.out_step[1] * (p.base_size[1] - 1) + first_w >= p.out_size[1]) - tile.column;
+    limit = columns < p.tile_columns ? columns : p.tile_columns;
+    last_phases = p.out_size[1] - (p.out_step[1] * (tile.column + limit - 1) + first_w);
+    int all_left = (p.batch - tile.image) * p.stack - tile.row;
+    rows_left = all_left < p.tile_rows ? all_left : p.tile_rows;
+    place = tile.image * p.out_strides[0] + channel * p.out_strides[1] +
+            (p.out_step[0] * tile.row + first_h) * p.out_strides[2] +
+            (p.out_step[1] * tile.column + first_w) * p.out_strides[3];
+    next_row = p.out_step[0] * p.out_strides[2];
+    next_image = p.out_strides[0] - (p.stack - 1) * next_row;
   }
+
+  // How many outputs of a channel exist in a tile within one image, of a walk that has not begun.
+  __device__ int count(int phases) const {
+    int in_image = image_rows - row, rows = in_image < rows_left ? in_image : rows_left;
+    return rows > 0 && limit > 0 ? rows * (limit * phases - (last_phases < phases ? phases - last_phases : 0)) : 0;
+  }
+
+  __device__ int64 pixel_stride() const { return p.out_step[1] * p.out_strides[3]; }
+
+  // Without branches, which take longer than what they would skip.
+  __device__ PixelGroup next() {
+    PixelGroup group{place + column * pixel_stride(), rows_left > 0 && row < image_rows ? limit - column : 0};
+    column += 8;
+    bool end_row = column >= p.pitch, end_image = end_row && row + 1 == p.stack;
+    column = end_row ? 0 : column;
+    row = end_image ? 0 : row + end_row;
+    rows_left -= end_row;
+    place += end_image ? next_image : end_row ? next_row : 0;
+    return group;
+  }
+
+  // Whether a pixel of a group exists in a phase, and its place, -1 if not.
+  __device__ bool exists(const PixelGroup& group, int pixel, int phase) const {
+    return pixel < group.left - (phase > 0 && phase >= last_phases);
+  }
+  __device__ int64 place_in(const PixelGroup& group, int pixel, int phase) const {
+    int64 at = group.place + pixel * pixel_stride() + phase * p.out_strides[3];
+    return exists(group, pixel, phase) ? at : int64(-1);
+  }
+};
+
+// A chunk in shared memory, as it lies in the output: phases interleaved. Rows are 8 values longer, so that most
+// fragments are written without bank conflicts.
+template <class T>
+struct alignas(16) Chunk {
+  T at[kWarpRows][kWarp + 8];
+
+  template <class Gather>
+  __device__ void fill(const RoundedFragment<T, Gather>& fragment, const WarpRows& rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int g = 0; g < Fragment<Gather>::kGroups; ++g)
+        fragment.for_each_piece(r, g, [&](int k, const typename RoundedFragment<T, Gather>::Words& words) {
+          T* to = &at[rows.of_thread(r)][(8 * g + Fragment<Gather>::pixel_of(rows.lane, 0)) * Gather::kPhases + k];
+          *reinterpret_cast<typename RoundedFragment<T, Gather>::Words*>(to) = words;
+        });
+  }
+};
+
+// How a warp stores chunks in tensors of the output's shape and strides: from the registers (kRuns) or through shared
+// memory.
+template <class T, class Gather, bool kRuns>
+struct ChunkStore {
+  using Values = Fragment<Gather>;
+  static constexpr int kGroups = Values::kGroups;
+
+  const WarpgroupParams& p;
+  const WarpRows& rows;
+  Chunk<T>& chunk;
+  ColumnWalk walk;
+  PixelGroup groups[kGroups];  // of the current chunk
+  int64 place;                 // of this lane's channels and pixel in a group, or of its column of the chunk, if any
+
+  __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
+      : p(p), rows(rows), chunk(chunk), walk(walk) {
+    if (kRuns) place = rows.of_thread(0) * p.out_strides[1] + Values::pixel_of(rows.lane, 0) * Gather::kPhases;
+  }
+
+  // To the next chunk, at first to the first one.
+  __device__ void advance() {
+    int pixel = rows.lane / Gather::kPhases, phase = rows.lane % Gather::kPhases;
+    PixelGroup own;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      groups[g] = walk.next();
+      if (g == 0 || pixel / 8 == g) own = groups[g];
+    }
+    if (!kRuns) place = walk.place_in(own, pixel % 8, phase);
+  }
+
+  __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
+    if constexpr (kRuns)
+      store_runs(static_cast<T*>(tensor), fragment);
+    else
+      store_through(static_cast<T*>(tensor), fragment);
+  }
+
+  __device__ void store_runs(T* tensor, const RoundedFragment<T, Gather>& fragment) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (rows.has(r) && Values::pixel_of(rows.lane, 0) < groups[g].left)
+          fragment.for_each_piece(r, g, [&](int k, const typename RoundedFragment<T, Gather>::Words& words) {
+            store_words(tensor + (place + groups[g].place) + r * 8 * p.out_strides[1] + k, words.values);
+          });
+  }
+
+  __device__ void store_through(T* tensor, const RoundedFragment<T, Gather>& fragment) const {
+    chunk.fill(fragment, rows);
+    __syncwarp();
+    if (p.out_strides[1] == 1)
+      store_by_channel(tensor);
+    else if (place >= 0)
+      store_by_pixel(tensor + place);
+    __syncwarp();
+  }
+
+  // A lane stores its column, channel by channel.
+  __device__ void store_by_pixel(T* to) const {
+#pragma unroll 1
+    for (int first = 0; first < rows.count; first += kTogether) {
+      T values[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) values[i] = chunk.at[first + i][rows.lane];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i < rows.count) *to = values[i];
+        to += p.out_strides[1];
+      }
+    }
+  }
+
+  // Half a warp stores one column: a lane has one channel of every other column.
+  __device__ void store_by_channel(T* tensor) const {
+    int row = rows.lane % kWarpRows, half = rows.lane / kWarpRows;
+#pragma unroll 1
+    for (int first = half; first < kWarp; first += 2 * kTogether) {
+      T values[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) values[i] = chunk.at[row][first + 2 * i];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        int64 column = __shfl_sync(kFullMask, place, first + 2 * i);
+        if (column >= 0 && row < rows.count) tensor[column + row] = values[i];
+      }
+    }
+  }
+};
+
+// Whether all runs are neighbours in memory, aligned, and exist whole or not at all. Of 8 bytes at least: four lanes
+// share a row, and memory is written in sectors of 32 bytes.
+template <class T, class Gather>
+__device__ bool has_runs(const WarpgroupParams& p, const void* tensor) {
+  constexpr int kRun = Fragment<Gather>::kRun, kBytes = kRun * sizeof(T), kAligned = kBytes < 16 ? kBytes : 16;
+  if (kBytes < 8) return false;
+  int64 strides = p.out_strides[0] | p.out_strides[1] | p.out_strides[2];
+  return p.out_strides[3] == 1 && p.out_step[1] == Gather::kPhases && p.out_size[1] % kRun == 0 &&
+         p.tile_columns % 2 == 0 && int(strides * sizeof(T) | reinterpret_cast<uint64>(tensor)) % kAligned == 0;
+}
+
+// A chain of functions with the operands of a thread's two rows.
+template <class T, class Chain>
+struct FragmentChain {
+  using Operands = typename Chain::template Operands<T>;
+  Operands operands[2];
+
+  __device__ FragmentChain(const Operands& numbers, const typename Chain::Params& params, const WarpRows& rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      operands[r] = numbers;
+      operands[r].load_tensors(params, rows.channel(r));
+    }
+  }
+
+  template <class Gather>
+  __device__ void apply(Fragment<Gather>& values) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int g = 0; g < Fragment<Gather>::kGroups; ++g)
+#pragma unroll
+        for (int k = 0; k < Fragment<Gather>::kRun; ++k)
+          values.value[r][g][k] = Chain::template value<T>(values.value[r][g][k], operands[r]);
+  }
+};
+
+// A job's chunks, in order: for_each(visit) calls visit(i, values) for chunk i.
+template <class T, class Gather>
+struct Chunks {
+  using Sums = float[Gather::kPhases][Gather::kPixels / 2];
+  const Sums& sum;
+  FragmentBias<T> bias;
+
+  __device__ Chunks(const Sums& sum, const void* bias, const WarpRows& rows) : sum(sum), bias(bias, rows) {}
+
+  template <class Visit>
+  __device__ void for_each(Visit visit) const {
+#pragma unroll 1
+    for (int i = 0; i < Fragment<Gather>::kCount; ++i) {
+      Fragment<Gather> values;
+      values.take(sum, i, bias.value);
+      visit(i, values);
+    }
+  }
+
+  // Takes the values once more, which costs less than to keep them in registers while others pass through them.
+  __device__ void retake(int i, Fragment<Gather>& values) const { values.take(sum, opaque(i), bias.value); }
 };
 
 // output = chain(sum + bias), and saved = sum + bias where the backward pass will need it. Same strides for both.
@@ -113,7 +371,6 @@ template <class T, class Chain>
 struct WarpgroupStore {
   static constexpr bool kAllRows = false;
   static constexpr int kRawDepth = 4;
-  using Operands = typename Chain::template Operands<T>;
   struct Params {
     void* output;
     void* saved;
@@ -122,108 +379,60 @@ struct WarpgroupStore {
   };
   template <class Gather>
   struct Storage {
-    Chunk<Gather> chunks[Gather::kConsumerWarps];
+    Chunk<T> chunks[Gather::kConsumerWarps];
   };
 
   const Params& params;
   const WarpgroupParams& gather;
-  Operands operands;
+  typename Chain::template Operands<T> numbers;
 
   __device__ WarpgroupStore(const Params& params, const WarpgroupParams& gather) : params(params), gather(gather) {
-    operands.load_numbers(params.chain);
+    numbers.load_numbers(params.chain);
   }
 
   template <class Gather>
   __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
                           const TilePlace& tile, const Job& job, int group_row, int first_row) {
-    Chunk<Gather>& chunk = storage.chunks[threadIdx.x / kWarp];
     WarpRows rows(gather, group_row, first_row);
-    FragmentBias<T> bias(params.bias, rows);
-    OutColumns<Gather> columns(gather, tile, job);
-#pragma unroll 1
-    for (int i = 0; i < Chunk<Gather>::kCount; ++i) {
-      chunk.fill(sum, i, bias);
-      int64 place = columns.place(i);
-      __syncwarp();
-      if (params.saved)
-        store<true>(chunk, place, rows);
-      else
-        store<false>(chunk, place, rows);
-      __syncwarp();
-    }
-  }
-
-  template <bool kSave, class Chunk>
-  __device__ void store(Chunk& chunk, int64 place, const WarpRows& rows) {
-    if (gather.out_strides[1] == 1)
-      store_by_channel<kSave>(chunk, place, rows);
+    if (rows.count == 0) return;
+    Chunk<T>& chunk = storage.chunks[threadIdx.x / kWarp];
+    bool runs = has_runs<T, Gather>(gather, params.output) && has_runs<T, Gather>(gather, params.saved);
+    if (!params.saved)
+      runs ? store<false, true, Gather>(sum, rows, chunk, tile, job)
+           : store<false, false, Gather>(sum, rows, chunk, tile, job);
     else
-      store_by_pixel<kSave>(chunk, place, rows);
+      runs ? store<true, true, Gather>(sum, rows, chunk, tile, job)
+           : store<true, false, Gather>(sum, rows, chunk, tile, job);
   }
 
-  template <bool kSave>
-  __device__ void write(int64 place, float value) const {
-    if (kSave) static_cast<T*>(params.saved)[place] = from_accumulator<T>(value);
-    static_cast<T*>(params.output)[place] = from_accumulator<T>(Chain::template value<T>(value, operands));
-  }
-
-  // A lane stores its column, channel by channel.
-  template <bool kSave, class Chunk>
-  __device__ void store_by_pixel(Chunk& chunk, int64 place, const WarpRows& rows) {
-    if (place < 0) return;
-    place += rows.first * gather.out_strides[1];
-    const float* column = chunk.column();
-    int row = 0;
-#pragma unroll 1
-    for (; row + kTogether <= rows.count; row += kTogether)
-      store_rows<kSave, kTogether>(column + row * Chunk::kStride, Chunk::kStride, rows.first + row, place);
-#pragma unroll 1
-    for (; row < rows.count; ++row)
-      store_rows<kSave, 1>(column + row * Chunk::kStride, Chunk::kStride, rows.first + row, place);
-  }
-
-  template <bool kSave, int kCount>
-  __device__ void store_rows(const float* column, int step, int channel, int64& place) {
-    float values[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = column[i * step];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      operands.load_tensors(params.chain, channel + i);
-      write<kSave>(place, values[i]);
-      place += gather.out_strides[1];
-    }
-  }
-
-  // Half a warp stores one column: a lane has one channel of every other column.
-  template <bool kSave, class Chunk>
-  __device__ void store_by_channel(const Chunk& chunk, int64 place, const WarpRows& rows) {
-    int row = threadIdx.x % kWarpRows, half = threadIdx.x % kWarp / kWarpRows;
-    if (row < rows.count) operands.load_tensors(params.chain, rows.first + row);
-#pragma unroll 1
-    for (int first = half; first < kWarp; first += 2 * kTogether) {
-      float values[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) values[i] = chunk.at[row][Chunk::place_of(first + 2 * i)];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        int64 to = __shfl_sync(kFullMask, place, first + 2 * i);
-        if (to >= 0 && row < rows.count) write<kSave>(to + rows.first + row, values[i]);
-      }
-    }
+  template <bool kSave, bool kRuns, class Gather>
+  __device__ void store(const float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows, Chunk<T>& chunk,
+                        const TilePlace& tile, const Job& job) {
+    // Not before the choice between the variants: what they share is kept in registers for all of them.
+    ColumnWalk walk(gather, tile, job, rows.first);
+    using Rounded = RoundedFragment<T, Gather>;
+    FragmentChain<T, Chain> chain(numbers, params.chain, rows);
+    ChunkStore<T, Gather, kRuns> tensors(gather, rows, chunk, walk);
+    Chunks<T, Gather> chunks(sum, params.bias, rows);
+    chunks.for_each([&](int i, Fragment<Gather>& values) {
+      tensors.advance();
+      if (kSave) tensors.store(params.saved, Rounded(values));
+      if (kSave && !kRuns) chunks.retake(i, values);
+      chain.apply(values);
+      tensors.store(params.output, Rounded(values));
+    });
   }
 };
 
 // output = sum + bias, and for every channel and tile the moments of chain(output), as rounded to the element type:
 // moments[(image * channels + channel) * slots + slot]. Tiles do not straddle images (`stack` is a multiple of
-// `tile_rows`). Two lanes share a channel, each with half of every chunk's columns: the deviations from the channel's
-// first value, so that a large mean costs no digits, are summed twice, for the chunk's mean and around it, and chunks
-// are combined as in moments.cuh.
+// `tile_rows`). Stored first and summed then, from the registers: both at once would need more of them than there are.
+// Four lanes share a channel; they sum deviations and their squares in one pass, around a mean of a few of its values,
+// so that a large mean costs no digits.
 template <class T, class Chain>
 struct WarpgroupStoreWithMoments {
   static constexpr bool kAllRows = false;
   static constexpr int kRawDepth = 4;
-  static constexpr int kHalf = kWarp / 2;
   struct Params {
     void* output;
     const void* bias;
@@ -233,127 +442,128 @@ struct WarpgroupStoreWithMoments {
   };
   template <class Gather>
   struct Storage {
-    Chunk<Gather> chunks[Gather::kConsumerWarps];
+    Chunk<T> chunks[Gather::kConsumerWarps];
   };
 
-  // Of the values seen so far, relative to the first of them.
-  struct Running {
-    float origin = 0, count = 0, mean = 0, m2 = 0;
+  // Over the four lanes of a row.
+  template <class Value>
+  __device__ static Value row_sum(Value value) {
+    value += __shfl_xor_sync(kFullMask, value, 1);
+    return value + __shfl_xor_sync(kFullMask, value, 2);
+  }
 
-    __device__ void add(const float* half, unsigned exists) {
-      if (!exists) return;
-      if (count == 0) origin = half[__ffs(exists) - 1];
-      float values[kHalf], total = 0, squares = 0, added = float(__popc(exists));
+  // Of what exists in a thread's two rows.
+  template <class Gather>
+  struct Deviations {
+    using Values = Fragment<Gather>;
+    using Groups = PixelGroup[Values::kGroups];
+
+    int lane;
+    float origin[2], total[2] = {}, squares[2] = {};
+
+    __device__ explicit Deviations(const WarpRows& rows) : lane(rows.lane) {}
+
+    // visit(group, index in the run, whether that value exists)
+    template <class Visit>
+    __device__ void for_each(const ColumnWalk& walk, const Groups& groups, Visit visit) const {
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        values[i] = exists >> i & 1 ? half[i] - origin : 0.0f;
-        total += values[i];
-      }
-      float center = total / added;
+      for (int g = 0; g < Values::kGroups; ++g)
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        float deviation = exists >> i & 1 ? values[i] - center : 0.0f;
-        squares += deviation * deviation;
+        for (int k = 0; k < Values::kRun; ++k)
+          visit(g, k, walk.exists(groups[g], Values::pixel_of(lane, k), Values::phase_of(k)));
+    }
+
+    __device__ void add(const Values& values, const ColumnWalk& walk, const Groups& groups) {
+      for_each(walk, groups, [&](int g, int k, bool exists) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float deviation = exists ? values.value[r][g][k] - origin[r] : 0.0f;
+          total[r] += deviation;
+          squares[r] += deviation * deviation;
+        }
+      });
+    }
+
+    // To the mean of four values of the first chunk; any number would do that is no further from the values than they
+    // are from each other. The first lane's value exists, or nothing of the job does.
+    __device__ void set_origin(const Values& values, const ColumnWalk& walk, const PixelGroup& group) {
+      bool exists = walk.exists(group, Values::pixel_of(lane, 0), 0);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float own = values.value[r][0][0], first = __shfl_sync(kFullMask, own, lane & ~3);
+        origin[r] = row_sum(0.25f * (exists ? own : first));
       }
-      float both = count + added, delta = center - mean, share = added / both;
-      m2 += squares + delta * delta * count * share;
-      mean += delta * share;
-      count = both;
+    }
+
+    // Of a row, in all its lanes; `count` values exist.
+    __device__ Moments moments(int r, int count) const {
+      double sum = row_sum(total[r]), mean = sum / count, m2 = row_sum(squares[r]) - sum * mean;
+      return count ? Moments{double(count), origin[r] + mean, m2 < 0 ? 0 : m2} : Moments{0, 0, 0};
     }
   };
 
   const Params& params;
   const WarpgroupParams& gather;
-  typename Chain::template Operands<T> operands;
+  typename Chain::template Operands<T> numbers;
 
   __device__ WarpgroupStoreWithMoments(const Params& params, const WarpgroupParams& gather)
       : params(params), gather(gather) {
-    operands.load_numbers(params.chain);
+    numbers.load_numbers(params.chain);
   }
 
   template <class Gather>
   __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
                           const TilePlace& tile, const Job& job, int group_row, int first_row) {
-    Chunk<Gather>& chunk = storage.chunks[threadIdx.x / kWarp];
     WarpRows rows(gather, group_row, first_row);
-    FragmentBias<T> bias(params.bias, rows);
-    OutColumns<Gather> columns(gather, tile, job);
-    int lane = threadIdx.x % kWarp, half = lane % 2 * kHalf;
-    Running running;
-#pragma unroll 1
-    for (int i = 0; i < Chunk<Gather>::kCount; ++i) {
-      chunk.fill(sum, i, bias);
-      int64 place = columns.place(i);
-      int existing = __shfl_sync(kFullMask, int(place >= 0), Chunk<Gather>::column_at(lane));
-      unsigned exists = __ballot_sync(kFullMask, existing);
-      __syncwarp();
-      if (gather.out_strides[1] == 1)
-        store_by_channel(chunk, place, rows);
-      else
-        store_by_pixel(chunk.column(), Chunk<Gather>::kStride, place, rows);
-      __syncwarp();
-      running.add(&chunk.at[lane / 2][half], exists >> half & ((1u << kHalf) - 1));
-      __syncwarp();
-    }
+    if (rows.count == 0) return;
+    ColumnWalk walk(gather, tile, job, rows.first);
+    Chunks<T, Gather> chunks(sum, params.bias, rows);
+    if (has_runs<T, Gather>(gather, params.output))
+      store<true>(chunks, rows, storage.chunks[threadIdx.x / kWarp], walk);
+    else
+      store<false>(chunks, rows, storage.chunks[threadIdx.x / kWarp], walk);
+    FragmentChain<T, Chain> chain(numbers, params.chain, rows);
+    Deviations<Gather> deviations(rows);
+    ColumnWalk again(gather, Gather::place(gather, opaque(job.tile)), job, rows.first);
+    auto finish = [&](Fragment<Gather>& values) {
+      RoundedFragment<T, Gather>(values).get(values);
+      chain.apply(values);
+    };
+    Fragment<Gather> first;
+    first.template take<0, 1>(sum, 0, chunks.bias.value);
+    finish(first);
+    ColumnWalk start = again;
+    deviations.set_origin(first, again, start.next());
+    chunks.for_each([&](int, Fragment<Gather>& values) {
+      PixelGroup groups[Fragment<Gather>::kGroups];
+#pragma unroll
+      for (int g = 0; g < Fragment<Gather>::kGroups; ++g) groups[g] = again.next();
+      finish(values);
+      deviations.add(values, again, groups);
+    });
+    write(deviations, Gather::place(gather, opaque(job.tile)), job, rows);
+  }
+
+  template <bool kRuns, class Gather>
+  __device__ void store(const Chunks<T, Gather>& chunks, const WarpRows& rows, Chunk<T>& chunk,
+                        const ColumnWalk& walk) const {
+    ChunkStore<T, Gather, kRuns> output(gather, rows, chunk, walk);
+    chunks.for_each([&](int, const Fragment<Gather>& values) {
+      output.advance();
+      output.store(params.output, RoundedFragment<T, Gather>(values));
+    });
+  }
+
+  template <class Gather>
+  __device__ void write(const Deviations<Gather>& deviations, const TilePlace& tile, const Job& job,
+                        const WarpRows& rows) const {
+    int count = ColumnWalk(gather, tile, job, 0).count(Gather::kPhases), r = rows.lane % 2;
+    Moments moments[2] = {deviations.moments(0, count), deviations.moments(1, count)};
     int tiles_per_image = gather.stack / gather.tile_rows;
     int64 slot = tile.row_tile % tiles_per_image * gather.column_tiles + tile.column_tile;
-    slot = slot * gather.passes + job.pass;
-    Moments own{running.count, double(running.origin) + double(running.mean), running.m2}, other;
-    other.count = __shfl_xor_sync(kFullMask, own.count, 1);
-    other.mean = __shfl_xor_sync(kFullMask, own.mean, 1);
-    other.m2 = __shfl_xor_sync(kFullMask, own.m2, 1);
-    if (lane % 2 == 0 && lane / 2 < rows.count) {
-      int64 channel = int64(tile.image) * gather.groups * gather.rows + rows.first + lane / 2;
-      params.moments[channel * params.slots + slot] = combine(own, other);
-    }
-  }
-
-  // Both store the sums and leave what the chain makes of them in their place: a lane its column, channel by channel,
-  // or half a warp one column.
-  __device__ void store_by_pixel(float* column, int step, int64 place, const WarpRows& rows) {
-    if (place < 0) return;
-    T* output = static_cast<T*>(params.output) + place + rows.first * gather.out_strides[1];
-    int row = 0;
-#pragma unroll 1
-    for (; row + kTogether <= rows.count; row += kTogether)
-      store_rows<kTogether>(column + row * step, step, rows.first + row, output);
-#pragma unroll 1
-    for (; row < rows.count; ++row) store_rows<1>(column + row * step, step, rows.first + row, output);
-  }
-
-  template <class Chunk>
-  __device__ void store_by_channel(Chunk& chunk, int64 place, const WarpRows& rows) {
-    int row = threadIdx.x % kWarpRows, half = threadIdx.x % kWarp / kWarpRows;
-    if (row < rows.count) operands.load_tensors(params.chain, rows.first + row);
-    T* output = static_cast<T*>(params.output) + rows.first + row;
-#pragma unroll 1
-    for (int first = half; first < kWarp; first += 2 * kTogether) {
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        int64 to = __shfl_sync(kFullMask, place, first + 2 * i);
-        float& value = chunk.at[row][Chunk::place_of(first + 2 * i)];
-        T stored = from_accumulator<T>(value);
-        if (to >= 0 && row < rows.count) output[to] = stored;
-        value = Chain::template value<T>(to_accumulator(stored), operands);
-      }
-    }
-  }
-
-  template <int kCount>
-  __device__ void store_rows(float* column, int step, int channel, T*& output) {
-    float values[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = column[i * step];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      operands.load_tensors(params.chain, channel + i);
-      T stored = from_accumulator<T>(values[i]);
-      *output = stored;
-      output += gather.out_strides[1];
-      values[i] = Chain::template value<T>(to_accumulator(stored), operands);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) column[i * step] = values[i];
+    int64 row = int64(tile.image) * gather.groups * gather.rows + rows.channel(r);
+    if (rows.lane % 4 < 2 && rows.has(r))
+      params.moments[row * params.slots + slot * gather.passes + job.pass] = r ? moments[1] : moments[0];
   }
 };
 
@@ -371,19 +581,20 @@ struct WarpgroupChannelMin {
     const void* bias;
   };
 
-  // Channels are offered in rising order.
   struct Best {
     float value;
-    int channel;
-    __device__ void offer(float candidate, int from) {
-      bool better = candidate < value || (candidate != candidate && value == value) || channel < 0;
-      value = better ? candidate : value;
-      channel = better ? from : channel;
+    int channel;  // -1: of none
+    // Channels are offered in rising order.
+    __device__ void offer(Best other) {
+      bool better = other.value < value || (other.value != other.value && value == value) || channel < 0;
+      better = better && other.channel >= 0;
+      value = better ? other.value : value;
+      channel = better ? other.channel : channel;
     }
   };
   template <class Gather>
   struct Storage {
-    Chunk<Gather> chunks[Gather::kConsumerWarps];
+    Chunk<float> chunks[Gather::kConsumerWarps];
     Best of_warp[Gather::kConsumerWarps][Gather::kPhases * Gather::kPixels];
     Best so_far[Gather::kConsumers][Gather::kPhases * Gather::kPixels];
   };
@@ -397,44 +608,43 @@ struct WarpgroupChannelMin {
   template <class Gather>
   __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
                           const TilePlace& tile, const Job& job, int group_row, int first_row) {
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    Chunk<Gather>& chunk = storage.chunks[warp];
     WarpRows rows(gather, group_row, first_row);
-    FragmentBias<T> bias(params.bias, rows);
-#pragma unroll 1
-    for (int i = 0; i < Chunk<Gather>::kCount; ++i) {
-      chunk.fill(sum, i, bias);
+    int warp = threadIdx.x / kWarp, lane = rows.lane;
+    Chunk<float>& chunk = storage.chunks[warp];
+    bool last = job.unit == gather.units * gather.groups - 1;
+    Chunks<T, Gather>(sum, params.bias, rows).for_each([&](int i, Fragment<Gather>& values) {
+      chunk.fill(RoundedFragment<float, Gather>(values), rows);
       __syncwarp();
       storage.of_warp[warp][i * kWarp + lane] = smallest(chunk, rows);
       __syncwarp();
-    }
+    });
     named_barrier(1 + job.consumer, kWarpgroup);
-    OutColumns<Gather> columns(gather, tile, job);
-    for (int i = warp % 4; i < Chunk<Gather>::kCount; i += 4) {
+    ChunkStore<float, Gather, false> chunks(gather, rows, chunk, ColumnWalk(gather, tile, job, 0));
+#pragma unroll 1
+    for (int i = 0; i < Fragment<Gather>::kCount; ++i) {
+      chunks.advance();
+      if (i % 4 != warp % 4) continue;
       Best& so_far = storage.so_far[job.consumer][i * kWarp + lane];
       Best best = job.unit == 0 ? Best{0, -1} : so_far;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        Best of_warp = storage.of_warp[warp / 4 * 4 + w][i * kWarp + lane];
-        if (of_warp.channel >= 0) best.offer(of_warp.value, of_warp.channel);
-      }
+      for (int w = 0; w < 4; ++w) best.offer(storage.of_warp[warp / 4 * 4 + w][i * kWarp + lane]);
       so_far = best;
-      if (job.unit == gather.units * gather.groups - 1) write(best, columns.place(i));
+      if (last) write(best, chunks.place);
     }
     named_barrier(1 + job.consumer, kWarpgroup);
   }
 
-  template <class Chunk>
-  __device__ static Best smallest(Chunk& chunk, const WarpRows& rows) {
-    float values[kWarpRows];
-    const float* column = chunk.column();
-#pragma unroll
-    for (int row = 0; row < kWarpRows; ++row) values[row] = column[row * Chunk::kStride];
-    Best best{0, -1};
+  // Of a lane's column. Rows are compared in pairs, then pairs of pairs, so that the comparisons overlap.
+  __device__ static Best smallest(const Chunk<float>& chunk, const WarpRows& rows) {
+    Best best[kWarpRows];
 #pragma unroll
     for (int row = 0; row < kWarpRows; ++row)
-      if (row < rows.count) best.offer(values[row], rows.first + row);
-    return best;
+      best[row] = Best{chunk.at[row][rows.lane], row < rows.count ? rows.first + row : -1};
+#pragma unroll
+    for (int apart = 1; apart < kWarpRows; apart *= 2)
+#pragma unroll
+      for (int row = 0; row < kWarpRows; row += 2 * apart) best[row].offer(best[row + apart]);
+    return best[0];
   }
 
   __device__ void write(const Best& best, int64 place) const {

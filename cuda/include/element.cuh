@@ -1,7 +1,7 @@
 // Element types: what a tensor stores (double, float, Half, BFloat16) and what is computed with (Accumulator<T>).
 //
 // 16-bit types are two bytes and nothing else; arithmetic happens in float. NVRTC ships no host headers, and the
-// three conversions below are all that the kernels need of cuda_fp16.h and cuda_bf16.h.
+// conversions below are all that the kernels need of cuda_fp16.h and cuda_bf16.h.
 #pragma once
 #include "platform.cuh"
 
@@ -43,6 +43,24 @@ __device__ inline unsigned short float_to_bfloat16(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+// Two at once, the first one in the lower half.
+__device__ inline unsigned floats_to_halves(float first, float second) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+__device__ inline unsigned floats_to_bfloat16s(float first, float second) {
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+#else
+inline unsigned floats_to_halves(float first, float second) {
+  return float_to_half(first) | unsigned(float_to_half(second)) << 16;
+}
+inline unsigned floats_to_bfloat16s(float first, float second) {
+  return float_to_bfloat16(first) | unsigned(float_to_bfloat16(second)) << 16;
+}
 #endif
 
 __device__ inline double to_accumulator(double value) { return value; }
@@ -76,5 +94,35 @@ template <class T, class A>
 __device__ inline T from_accumulator(A value) {
   return Rounded<T>::from(value);
 }
+
+// Two elements that are neighbours in memory, rounded together (for 16 bits that is one instruction), as words.
+template <class T>
+struct Two;
+template <>
+struct Two<float> {
+  static constexpr int kWords = 2;
+  unsigned words[kWords];
+  __device__ static Two from(float first, float second) {
+    return Two{{__float_as_uint(first), __float_as_uint(second)}};
+  }
+  __device__ float first() const { return __uint_as_float(words[0]); }
+  __device__ float second() const { return __uint_as_float(words[1]); }
+};
+template <>
+struct Two<Half> {
+  static constexpr int kWords = 1;
+  unsigned words[kWords];
+  __device__ static Two from(float first, float second) { return Two{{floats_to_halves(first, second)}}; }
+  __device__ float first() const { return half_to_float(static_cast<unsigned short>(words[0])); }
+  __device__ float second() const { return half_to_float(static_cast<unsigned short>(words[0] >> 16)); }
+};
+template <>
+struct Two<BFloat16> {
+  static constexpr int kWords = 1;
+  unsigned words[kWords];
+  __device__ static Two from(float first, float second) { return Two{{floats_to_bfloat16s(first, second)}}; }
+  __device__ float first() const { return __uint_as_float(words[0] << 16); }
+  __device__ float second() const { return __uint_as_float(words[0] & 0xffff0000u); }
+};
 
 }  // namespace rawkern
