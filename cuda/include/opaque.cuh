@@ -18,11 +18,4 @@ __device__ inline int64 opaque(int64 value) {
   return value;
 }
 
-__device__ inline int64 opaque(int64 value) {
-#if RAWKERN_GPU
-  asm volatile("" : "+l"(value));
-#endif
-  return value;
-}
-
 }  // namespace rawkern
