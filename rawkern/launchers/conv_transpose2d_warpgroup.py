@@ -5,6 +5,7 @@ A plan says which instantiation computes a geometry and how its tiles lie; it is
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -286,8 +287,9 @@ class _Work:
         height, width = self.axes
         if len(width.taps) % shape.phases:
             return
-        multiple = self.align // math.gcd(self.align, width.in_step)
-        for pitch in range(8, _round_up(min(shape.pixels, width.base) + width.halo, 32) + 1, 8):
+        aligned = self.align // math.gcd(self.align, width.in_step)
+        widest = _round_up(min(shape.pixels, width.base) + width.halo, 32)
+        for pitch, multiple in itertools.product(range(8, widest + 1, 8), {aligned, math.lcm(2, aligned)}):
             columns = min(pitch - width.halo, shape.pixels, width.base)
             if columns < width.base:
                 columns = columns // multiple * multiple
@@ -322,9 +324,10 @@ class _Work:
         if batch * stack + rows >= 2**31 or tiles * self._jobs(shape) >= 2**30:
             return
         row_bytes = (columns + width.halo) * width.in_step * self.dtype.itemsize
+        pairs = columns % 2 == 0 and width.out_size % 2 == 0
         tile = shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels
         for parts in self._parts(shape, tiles):
-            cost = self._cost(shape, parts, tiles, staged_rows * planes * pitch, pitch, row_bytes, *rings)
+            cost = self._cost(shape, parts, tiles, staged_rows * planes * pitch, pitch, row_bytes, pairs, *rings)
             yield _Tile(*tile, parts, *rings, cost)
 
     def _parts(self, shape, tiles):
@@ -364,14 +367,14 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, parts, tiles, staged_pixels, pitch, row_bytes, stages, weight_stages):
+    def _cost(self, shape, parts, tiles, staged_pixels, pitch, row_bytes, pairs, stages, weight_stages):
         """Cycles of a multiprocessor, roughly: what weighs is how the choices compare.
 
         The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth. A stager warp takes some hundred
         cycles for each batch of 32 pixels (read off the machine code, see cuda/README.md), one more for each slab and
         each copy; memory brings 20 bytes a cycle, in whole sectors of 32. A copy of weights takes some 1100 cycles, and
-        the L2 cache delivers 24 bytes a cycle. An epilogue takes some twelve cycles per column, more where neighbours
-        in memory are computed apart, and two consumers share it.
+        the L2 cache delivers 24 bytes a cycle. An epilogue takes some twelve cycles per column, more where pairs of
+        neighbours cannot be stored together or are computed apart, and two consumers share it.
         """
         jobs = self._jobs(shape) // parts
         units = self.units * self.groups_per_tile / parts
@@ -383,7 +386,7 @@ class _Work:
         staging = max(staging, stagings * staged_pixels * slices * 32 / 20 * (1 + 24 / row_bytes))
         weights = self.steps * units * self.slabs * _WEIGHT_BYTES / min(24, (weight_stages - 2) * _WEIGHT_BYTES / 1100)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
-        epilogue = jobs * (shape.phases * shape.pixels * (60 if apart else 12) + 1000)
+        epilogue = jobs * (shape.phases * shape.pixels * (60 if apart else 12 if pairs else 20) + 1000)
         together = multiply, staging, weights, (multiply + epilogue) / 2
         tile = max(together) + sum(together) / 10  # they are in each other's way, in shared memory above all
         return -(-tiles // self.groups_per_tile * parts // self.processors) * tile
