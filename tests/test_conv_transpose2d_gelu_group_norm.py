@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import rawkern
+from rawkern.launchers.chain import IDENTITY
+from rawkern.launchers.conv_transpose2d import with_moments
 from rawkern.launchers.conv_transpose2d_gelu_group_norm import (
     conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
 )
@@ -87,6 +89,25 @@ def test_tf32(device):
 def test_many_tiles(device):
     """More pixels than one tile of the convolution: partial statistics are combined."""
     assert_parity(ours, composed, problem(batch=1, channels=(2, 4), size=(40, 50), num_groups=2), device=device)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1e4], ids=["plain", "outlier"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_moments_next_to_a_large_mean(dtype, outlier):
+    """Of the tensor-core kernels, which sum around a mean of a few values, be one of these far from the others."""
+    shape = (2, 32, 12, 22)
+    input = (np.random.default_rng(0).standard_normal(shape) + 300).astype(dtype)
+    input[:, :, 0, 0] += outlier
+    geometry = Geometry.of(shape, (32, 32, 1, 1))
+    weight = np.eye(32, dtype=dtype)[:, :, None, None]
+    out, moments = with_moments(input, weight, None, IDENTITY, geometry, precision="tf32")
+    values = out.reshape(2 * 32, -1).astype(np.float64)
+    count, mean, squares = moments.transpose(2, 0, 1)
+    combined = (count * mean).sum(1) / values.shape[1]
+    np.testing.assert_array_equal(count.sum(1), values.shape[1])
+    np.testing.assert_allclose(combined, values.mean(1), rtol=1e-6)
+    total = squares.sum(1) + (count * (mean - combined[:, None]) ** 2).sum(1)
+    np.testing.assert_allclose(total, values.var(1) * values.shape[1], rtol=2e-5)
 
 
 @settings(max_examples=25, deadline=None)
