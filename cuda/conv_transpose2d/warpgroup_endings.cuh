@@ -331,15 +331,21 @@ struct FragmentChain {
     }
   }
 
+  // Row by row: what both compute on the way together would take more registers than there are.
   template <class Gather>
   __device__ void apply(Fragment<Gather>& values) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int g = 0; g < Fragment<Gather>::kGroups; ++g) pin(values.value[r][g]);
 #pragma unroll
       for (int g = 0; g < Fragment<Gather>::kGroups; ++g)
 #pragma unroll
         for (int k = 0; k < Fragment<Gather>::kRun; ++k)
           values.value[r][g][k] = Chain::template value<T>(values.value[r][g][k], operands[r]);
+#pragma unroll
+      for (int g = 0; g < Fragment<Gather>::kGroups; ++g) pin(values.value[r][g]);
+    }
   }
 };
 
