@@ -105,7 +105,7 @@ struct WarpgroupGather {
 
   // visit(job) for every job of this block, in the order in which they are multiplied.
   template <class Visit>
-  __device__ static void for_each(const WarpgroupParams& p, Visit visit) {
+  __device__ __forceinline__ static void for_each(const WarpgroupParams& p, Visit visit) {
     int step = gridDim.x;
     for (int tile = blockIdx.x; tile < p.tiles; tile += kConsumers * step)
       for (int i = 0; i < p.jobs; ++i)
@@ -329,8 +329,9 @@ struct WarpgroupGather {
 
   // The sums of one job. A slot of a ring is given back when the products after the ones that read it have been issued,
   // and the turn is passed on before the last products are done, so that the tensor cores never run dry.
-  __device__ static void accumulate(const WarpgroupParams& p, Reader& reader, float (&sum)[kPhases][kPixels / 2],
-                                    const Job& job, bool give_stages_back) {
+  __device__ __forceinline__ static void accumulate(const WarpgroupParams& p, Reader& reader,
+                                                    float (&sum)[kPhases][kPixels / 2], const Job& job,
+                                                    bool give_stages_back) {
     Memory& memory = reader.memory;
     Ring stages = reader.tile;
     for (int slab = 0; slab < p.slabs; ++slab) {
@@ -368,7 +369,7 @@ struct WarpgroupGather {
     for (int i = 0; i < kPhases; ++i) pin(sum[i]);
   }
 
-  __device__ static void consume(const Params& params, Memory& memory, int consumer) {
+  __device__ __forceinline__ static void consume(const Params& params, Memory& memory, int consumer) {
     const WarpgroupParams& p = params.gather;
     Reader reader{memory};
     Ending ending(params.ending, p);
@@ -401,7 +402,8 @@ struct WarpgroupGather {
     });
   }
 
-  __device__ static void run(const Params& params) {
+  // Inlined, however large: products under way must not cross a call.
+  __device__ __forceinline__ static void run(const Params& params) {
     RAWKERN_DYNAMIC_SHARED(Memory, memory);
     if (threadIdx.x == 0) {
       for (int i = 0; i < kMaxStages; ++i) {
