@@ -127,6 +127,9 @@ LARGER = {
     "stride 5": problem(2, (18, 20), (5, 7), (3, 6), stride=(4, 5), padding=1),
     "dilated": problem(2, (17, 19), (12, 15), (3, 3), stride=(2, 1), padding=3, dilation=(3, 4)),
     "1 x 1": problem(2, (33, 65), (11, 13), (1, 1)),
+    "as many stages as slabs that stay": problem(
+        1, (120, 12), (5, 128), (1, 3), stride=(3, 1), padding=(2, 1), output_padding=(1, 0), groups=3
+    ),
     "rows of 16 bytes": problem(2, (70, 9), (9, 56), (3, 3), padding=1),
     "rows of 8 bytes": problem(2, (34, 9), (6, 20), (3, 3), stride=2),
     "odd rows": problem(2, (70, 9), (4, 71), (3, 3), padding=1),

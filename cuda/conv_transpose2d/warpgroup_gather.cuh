@@ -207,14 +207,15 @@ struct WarpgroupGather {
     ring.advance(p.stages);
   }
 
-  // While a slab's copies are under way the one before is rounded and given, if there are stages enough for a consumer
-  // to have one more.
+  // While a slab's copies are under way the one before is rounded and given, if there are stages enough: waiting for a
+  // stage that a consumer gives back only after a slab which has not been given would be waiting for ever. It gives a
+  // slab back after the next one, or, if slabs stay, after all those of both consumers' tiles.
   __device__ static void stage_channels(const WarpgroupParams& p, Memory& memory, int warp) {
     Slabs slabs(p);
     ChannelStager<T> stager(p, warp, kStagerWarps);
     Ring ring, last;
     int64 count = slabs.count();
-    bool behind = p.stages > 2;
+    bool behind = p.stages > (resident(p) ? kConsumers * p.slabs : 2);
     for (int64 i = 0; i < count + behind; ++i) {
       if (i < count) {
         stager.copy(wait_for_stage(p, memory, ring), slabs);
