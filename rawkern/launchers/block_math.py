@@ -91,8 +91,8 @@ _LONG_SUM = 256
 
 #: For such sums: accumulators for a run beside those for the total, so that tiles are smaller.
 LONG_SUM_CHOICES = (
-    _simt(np.dtype("float32"), 128, 64, 8, 4, 16, 1.0, run=8),
-    _simt(np.dtype("float32"), 64, 128, 8, 4, 16, 0.97, run=8),
+    _simt(np.dtype("float32"), 128, 64, 8, 8, 16, 1.0, run=8),
+    _simt(np.dtype("float32"), 64, 128, 8, 8, 16, 0.97, run=8),
     _simt(np.dtype("float32"), 64, 64, 8, 4, 16, 0.88, run=8),
     _simt(np.dtype("float32"), 8, 256, 8, 1, 8, 0.3, run=16),
 )
