@@ -115,8 +115,17 @@ def choices(dtype, precision, depth):
     return CHOICES[np.dtype(dtype), tensor_core]
 
 
+#: For the weight gradient, which always sums in runs.
+_WEIGHT_GRADIENT_CHOICES = (
+    _simt(np.dtype("float32"), 64, 64, 8, 8, 16, 1.0),
+    _simt(np.dtype("float32"), 8, 256, 8, 1, 8, 0.3),
+)
+
+
 def weight_gradient_choices(dtype, precision):
     """The candidates for the weight gradient: its slices fill a GPU anyway, and larger tiles were no faster."""
+    if dtype == np.float32 and precision == "ieee":
+        return _WEIGHT_GRADIENT_CHOICES
     return [math for math in choices(dtype, precision, 0) if math.rows * math.columns <= 64 * 64]
 
 
