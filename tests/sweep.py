@@ -76,6 +76,7 @@ CONVOLUTIONS = (
     ((3, 4, 6, 2), (4, 1, 5, 1), (1, 5), (2, 0), (0, 3), 4, 1),
 )
 LARGER = ((1, 9, 9, 16), (9, 70, 1, 2), 1, 0, 0, 1, 2)
+LONGER = ((1, 38, 5, 9), (38, 70, 3, 3), 1, 1, 0, 1, 1)  # sums of more than 256 products, whole slabs and parts of one
 
 
 @contextlib.contextmanager
@@ -174,13 +175,13 @@ def sweep_conv_transpose2d_blocks():
 
 
 def _sweep_blocks():
-    input_shape, weight_shape, *rest = LARGER
-    geometry = Geometry.of(input_shape, weight_shape, *rest)
     choose = block_math.choose
     try:
-        for (dtype, tensor_core), candidates in block_math.CHOICES.items():
+        for (dtype, tensor_core), candidates in block_math.all_choices():
             if dtype == runtime.bfloat16:
                 continue  # the blocks of float16
+            input_shape, weight_shape, *rest = LONGER if candidates is block_math.LONG_SUM_CHOICES else LARGER
+            geometry = Geometry.of(input_shape, weight_shape, *rest)
             input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
             grad = numbers(geometry.output_shape, dtype, 3)
             precision = "tf32" if tensor_core else "ieee"
@@ -189,6 +190,8 @@ def _sweep_blocks():
                 repeat.forget_plans()
                 conv_transpose2d(input, weight, None, *rest, precision=precision)
                 input_gradient(grad, weight, geometry, precision=precision)
+            for wanted in block_math.weight_gradient_choices(dtype, precision):
+                block_math.choose = functools.partial(_choose, choose, wanted)
                 weight_gradient(input, grad, geometry, precision=precision)
     finally:
         block_math.choose = choose

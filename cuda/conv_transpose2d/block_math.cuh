@@ -28,7 +28,13 @@ struct alignas(16) Slab {
 };
 
 // Each thread multiplies kThreadM x kThreadN values. Its rows (and columns) come in runs of up to 16 bytes that a
-// vector load fetches; runs of neighbouring threads are neighbours, so that a warp's load has no bank conflicts.
+// vector load fetches; runs of neighbouring groups are neighbours. What multiply-adds wait for is shared memory: a load
+// of 16 bytes takes a warp four cycles, or two where lanes i and i ^ 1, or lanes i and i ^ 2, read the same. So a warp
+// covers 4 groups of rows by 8 of columns, lanes i and i ^ 1 having the columns in common and i and i ^ 2 the rows, and
+// half a warp reads 128 different bytes at most. With 8 x 8 values of float that is 8 cycles of the multiprocessor per
+// warp for 64 multiply-adds, which take it 16. Operands are read one step ahead of their use.
+//
+// Rows of shared memory are 16 bytes longer than the block, so that 16 bytes each of 8 words can be written at once.
 template <class T, int kBlockM_, int kBlockN_, int kThreadM, int kThreadN, int kWords_, int kRun_ = 0>
 struct Simt {
   using Element = T;
@@ -39,16 +45,24 @@ struct Simt {
   static constexpr int kRows = kThreadM, kColumns = kThreadN;
   static constexpr int kRowGroups = kBlockM / kThreadM, kColumnGroups = kBlockN / kThreadN;
   static constexpr int kThreads = kRowGroups * kColumnGroups;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = kThreads <= 128 && kRun_ > 0 ? 3 : 2;
   static constexpr int kRun = kRun_;
-  // More would keep more operands in registers than there are.
-  static constexpr int kUnroll = kThreadM * kThreadN >= 64 ? 1 : 4;
+  static constexpr bool kAsync = true;  // words are elements as they are, which need not pass the registers
+  static constexpr int kStages = 3;
+  static constexpr bool kAhead = sizeof(T) == 4;  // twice the operands are more registers than doubles have
   static constexpr int kColumnRun = kThreadN * int(sizeof(Word)) < 16 ? kThreadN : 16 / int(sizeof(Word));
-  using Tile = Slab<Word, kWords, kBlockM, kBlockN>;
+  static constexpr int kLaneRows = kRowGroups % 4 == 0 && kColumnGroups % 8 == 0 ? 4 : 1;
+  static constexpr int kStripPad = kLaneRows == 4 ? 64 / int(sizeof(Word)) : 8;
+  static constexpr int kPad = 16 / int(sizeof(Word));
+  using Tile = Slab<Word, kWords, kBlockM + kPad, kBlockN + kPad>;
 
   struct Accumulators {
     Value value[kRows][kColumns];
     __device__ Value& at(int i, int j) { return value[i][j]; }
+  };
+
+  struct Operands {
+    Value a[kRows], b[kColumns];
   };
 
   __host__ __device__ static constexpr int run_length(int count) {
@@ -56,8 +70,14 @@ struct Simt {
   }
   static constexpr int kRunM = run_length(kThreadM), kRunN = kColumnRun;
 
-  __device__ static int row_group() { return threadIdx.x / kColumnGroups; }
-  __device__ static int column_group() { return threadIdx.x % kColumnGroups; }
+  __device__ static int row_group() {
+    if (kLaneRows == 1) return threadIdx.x / kColumnGroups;
+    return threadIdx.x / kWarp / (kColumnGroups / 8) * 4 + threadIdx.x % kWarp / 16 * 2 + threadIdx.x % 2;
+  }
+  __device__ static int column_group() {
+    if (kLaneRows == 1) return threadIdx.x % kColumnGroups;
+    return threadIdx.x / kWarp % (kColumnGroups / 8) * 8 + threadIdx.x % 16 / 2;
+  }
   __device__ static int row_of(int group, int i) {
     return i / kRunM * (kRowGroups * kRunM) + group * kRunM + i % kRunM;
   }
@@ -68,26 +88,44 @@ struct Simt {
 
   __device__ static Word make_word(const Value (&values)[kPack]) { return values[0]; }
 
+  __device__ static void read(Operands& operands, const Tile& tile, int k) {
+#pragma unroll
+    for (int i = 0; i < kRows; i += kRunM) {
+      auto run = *reinterpret_cast<const Words<Word, kRunM>*>(&tile.a[k][row(i)]);
+#pragma unroll
+      for (int r = 0; r < kRunM; ++r) operands.a[i + r] = run.at[r];
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; j += kRunN) {
+      auto run = *reinterpret_cast<const Words<Word, kRunN>*>(&tile.b[k][column(j)]);
+#pragma unroll
+      for (int r = 0; r < kRunN; ++r) operands.b[j + r] = run.at[r];
+    }
+  }
+
+  __device__ static void add_products(Accumulators& sum, const Operands& operands) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum.value[i][j] += operands.a[i] * operands.b[j];
+  }
+
   __device__ static void multiply(Accumulators& sum, const Tile& tile) {
-#pragma unroll kUnroll
-    for (int k = 0; k < kWords; ++k) {
-      Value a[kRows], b[kColumns];
+    if constexpr (kAhead) {
+      Operands operands[2];
+      read(operands[0], tile, 0);
 #pragma unroll
-      for (int i = 0; i < kRows; i += kRunM) {
-        auto run = *reinterpret_cast<const Words<Word, kRunM>*>(&tile.a[k][row(i)]);
-#pragma unroll
-        for (int r = 0; r < kRunM; ++r) a[i + r] = run.at[r];
+      for (int k = 0; k < kWords; ++k) {
+        if (k + 1 < kWords) read(operands[(k + 1) % 2], tile, k + 1);
+        add_products(sum, operands[k % 2]);
       }
-#pragma unroll
-      for (int j = 0; j < kColumns; j += kRunN) {
-        auto run = *reinterpret_cast<const Words<Word, kRunN>*>(&tile.b[k][column(j)]);
-#pragma unroll
-        for (int r = 0; r < kRunN; ++r) b[j + r] = run.at[r];
+    } else {
+#pragma unroll 2
+      for (int k = 0; k < kWords; ++k) {
+        Operands operands;
+        read(operands, tile, k);
+        add_products(sum, operands);
       }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) sum.value[i][j] += a[i] * b[j];
     }
   }
 };
@@ -121,8 +159,12 @@ struct TensorCore {
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kMinBlocks = 2;
   static constexpr int kRun = 0;
+  static constexpr bool kAsync = false;  // words are made of elements in registers
+  static constexpr int kStages = 2;
   static constexpr int kColumnRun = 2;
-  using Tile = Slab<Word, kWords, kBlockM + 8, kBlockN + 8>;
+  static constexpr int kStripPad = 8;
+  static constexpr int kPad = 8;
+  using Tile = Slab<Word, kWords, kBlockM + kPad, kBlockN + kPad>;
 
   struct Accumulators {
     float value[kProductsM][kProductsN][4];
@@ -186,11 +228,11 @@ __device__ inline void add(typename Math::Accumulators& total, typename Math::Ac
     for (int j = 0; j < Math::kColumns; ++j) total.at(i, j) += sum.at(i, j);
 }
 
-// A strip of accumulators in shared memory: row i of every row group, all columns of the block. Rows are 8 values
-// longer than the block, which keeps both kinds' writes free of bank conflicts.
+// A strip of accumulators in shared memory: row i of every row group, all columns of the block. Rows are kStripPad
+// values longer than the block, which keeps both kinds' writes free of bank conflicts.
 template <class Math>
 struct alignas(16) Strip {
-  typename Math::Value at[Math::kRowGroups][Math::kBlockN + 8];
+  typename Math::Value at[Math::kRowGroups][Math::kBlockN + Math::kStripPad];
 
   // Writes the strip's values; the loop over strips may stay rolled although registers are indexed by constants.
   __device__ void fill(typename Math::Accumulators& sum, int i) {

@@ -5,11 +5,13 @@
 // A block computes kBlockM output channels (rows) of one group for kBlockN output pixels (columns) of one phase
 // (axis.cuh). Depth runs over slabs of channels, and within a slab over the taps, so that the taps of a slab find their
 // input in the L1 cache. Weights come packed (pack_weight.cu): [group][tap][word of channels][output channel],
-// zero-padded, so their slab is a plain copy by cp.async. The input's slab is gathered: a thread owns one pixel, works
-// out its position once per tap, and reads a few channels of it into registers while the previous slab is being
-// multiplied; positions outside the input and channels beyond the last give zero. Two slabs of shared memory alternate,
-// one barrier per slab. What becomes of the sums is the Ending's business (endings.cuh). Input and output may have any
-// strides.
+// zero-padded, so their slab is a plain copy by cp.async. The input's slab is gathered: a thread owns one pixel and
+// works out its position once per tap; positions outside the input and channels beyond the last give zero.
+//
+// Where words are the elements themselves (Math::kAsync), that too is done by cp.async, an element at a time, kStages -
+// 1 slabs ahead of the multiplication. Otherwise a thread reads a few channels into registers while the previous slab
+// is being multiplied, makes words of them, and two slabs of shared memory alternate. One barrier per slab either way.
+// What becomes of the sums is the Ending's business (endings.cuh). Input and output may have any strides.
 //
 // Meant for sm_80 and later: cp.async and mma.sync. On Hopper, wgmma kernels may take this one's place.
 #pragma once
@@ -37,6 +39,8 @@ struct Columns {
   AxisPhase height, width;
   int phase;  // number of the pair of phases
   int64 first, per_image, span;
+  int64 in_steps[3],
+      weight_steps[3];  // to the next tap of a row, to the next row of taps, to the next slab of channels
 
   template <class Map>
   __device__ void set(const GatherParams& p, int phase_h, int phase_w, int64 first_column) {
@@ -47,6 +51,20 @@ struct Columns {
     first = first_column;
     per_image = int64(h.count) * w.count;
     span = p.image_span ? p.image_span : per_image;
+  }
+
+  // `words`: depth of a slab, where a word is one channel.
+  __device__ void set_steps(const GatherParams& p, int words) {
+    int64 in_w = width.in_tap_step * p.in_strides[3], in_h = height.in_tap_step * p.in_strides[2];
+    int64 weight_w = int64(width.tap_step) * p.depth_words * p.rows_padded;
+    int64 weight_h = int64(height.tap_step) * p.width.kernel * p.depth_words * p.rows_padded;
+    int64 back_w = width.taps - 1, back_h = height.taps - 1;
+    in_steps[0] = in_w;
+    in_steps[1] = in_h - back_w * in_w;
+    in_steps[2] = words * p.in_strides[1] - back_h * in_h - back_w * in_w;
+    weight_steps[0] = weight_w;
+    weight_steps[1] = weight_h - back_w * weight_w;
+    weight_steps[2] = int64(words) * p.rows_padded - back_h * weight_h - back_w * weight_w;
   }
 
   // Number of the image, row and column within the phase; false if there is no such pixel.
@@ -179,12 +197,11 @@ struct RunningSum<Math, true> {
   }
 };
 
-// The sums of one block, for the rows that begin at `row` of `group`. All threads of the block call it together.
+// The sums of one block by way of the registers. `columns` has taps.
 template <class Math>
-__device__ void gather_multiply(typename Math::Accumulators& total, typename Math::Tile (&tiles)[2],
-                                const GatherParams& p, const Columns& columns, int group, int row) {
+__device__ void gather_through_registers(typename Math::Accumulators& total, typename Math::Tile (&tiles)[2],
+                                         const GatherParams& p, const Columns& columns, int group, int row) {
   using Word = typename Math::Word;
-  if (columns.height.taps == 0 || columns.width.taps == 0) return;
   Gatherer<Math> gatherer(p, columns, group);
   int64 taps_before = int64(group) * p.height.kernel * p.width.kernel;
   const Word* weight = static_cast<const Word*>(p.weight) + taps_before * p.depth_words * p.rows_padded + row;
@@ -219,6 +236,121 @@ __device__ void gather_multiply(typename Math::Accumulators& total, typename Mat
   __syncthreads();
 }
 
+// One thread's side of copying slabs past the registers: its pixel's channels and its part of the weights. It goes from
+// slab to slab by adding up steps, which lie in shared memory.
+template <class Math>
+struct SlabCopier {
+  using T = typename Math::Element;
+  static constexpr int kWordStep = Gatherer<Math>::kWordStep, kStaged = Gatherer<Math>::kStaged;
+  static constexpr int kPerCopy = 16 / int(sizeof(T)), kPerRow = Math::kBlockM / kPerCopy;
+  static constexpr int kWeightStep = Math::kThreads / kPerRow;
+  static_assert(Math::kPack == 1 && sizeof(T) == sizeof(typename Math::Word) && Math::kThreads % kPerRow == 0, "");
+
+  const T* source;  // of this thread's first word
+  const T* weight;
+  int position_h, position_w, tap_h = 0, tap_w = 0, channel = 0;
+
+  __device__ SlabCopier(const GatherParams& p, const Columns& columns, int group, int row) {
+    Gatherer<Math> gatherer(p, columns, group);
+    position_h = gatherer.position_h;
+    position_w = gatherer.position_w;
+    source = gatherer.pixel + position_h * p.in_strides[2] + position_w * p.in_strides[3];
+    int64 tap = (int64(group) * p.height.kernel + columns.height.tap_first) * p.width.kernel + columns.width.tap_first;
+    weight = static_cast<const T*>(p.weight) + (tap * p.depth_words + threadIdx.x / kPerRow) * p.rows_padded + row +
+             threadIdx.x % kPerRow * kPerCopy;
+  }
+
+  // Starts copying the slab at hand, if there is one, and goes on to the next. Closes a group of copies in any case.
+  __device__ void copy(typename Math::Tile& tile, const GatherParams& p, const Columns& columns) {
+    if (channel < p.depth_words) {
+      copy_weights(tile, p.rows_padded);
+      int h = position_h + tap_h * columns.height.in_tap_step, w = position_w + tap_w * columns.width.in_tap_step;
+      bool inside = unsigned(h) < unsigned(p.height.in_size) && unsigned(w) < unsigned(p.width.in_size);
+      int left = p.depth - channel;
+      if (left >= Math::kWords)
+        copy_input(tile, p.in_strides[1], [&](int) { return inside; });
+      else
+        copy_input(tile, p.in_strides[1], [&](int word) { return inside && word < left; });
+      advance(columns);
+    }
+    async_commit();
+  }
+
+  __device__ void copy_weights(typename Math::Tile& tile, int row_stride) const {
+    const T* from = weight;
+#pragma unroll
+    for (int word = 0; word < Math::kWords; word += kWeightStep) {
+      int own = word + int(threadIdx.x) / kPerRow;
+      if (Math::kWords % kWeightStep == 0 || own < Math::kWords)
+        async_copy_16(&tile.a[own][threadIdx.x % kPerRow * kPerCopy], from);
+      from += int64(kWeightStep) * row_stride;
+    }
+  }
+
+  template <class Exists>
+  __device__ void copy_input(typename Math::Tile& tile, int64 stride, Exists exists) const {
+    const T* from = source;
+    int first = threadIdx.x / Math::kBlockN;
+#pragma unroll
+    for (int word = 0; word < kStaged; ++word) {
+      int own = first + word * kWordStep;
+      async_copy_or_zero(&tile.b[own][threadIdx.x % Math::kBlockN], from, exists(own));
+      from += kWordStep * stride;
+    }
+  }
+
+  __device__ void advance(const Columns& columns) {
+    int turn = 0;
+    if (++tap_w == columns.width.taps) {
+      tap_w = 0;
+      turn = 1;
+      if (++tap_h == columns.height.taps) {
+        tap_h = 0;
+        turn = 2;
+        channel += Math::kWords;
+      }
+    }
+    source += columns.in_steps[turn];
+    weight += columns.weight_steps[turn];
+  }
+};
+
+// The sums of one block by asynchronous copies. `columns` has taps. kStages - 1 slabs are under way while one is
+// multiplied; the barrier that makes a slab visible also says that the one before it has been read by all.
+template <class Math>
+__device__ void gather_asynchronously(typename Math::Accumulators& total, typename Math::Tile (&tiles)[Math::kStages],
+                                      const GatherParams& p, const Columns& columns, int group, int row) {
+  constexpr int kStages = Math::kStages;
+  SlabCopier<Math> copier(p, columns, group, row);
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) copier.copy(tiles[stage], p, columns);
+  int64 slabs = int64(columns.height.taps) * columns.width.taps * (p.depth_words / Math::kWords);
+  RunningSum<Math> sum(total);
+  int now = 0, next = kStages - 1;
+#pragma unroll 1
+  for (int64 slab = 0; slab < slabs; ++slab) {
+    async_wait<kStages - 2>();
+    __syncthreads();
+    copier.copy(tiles[next], p, columns);
+    sum.multiply(tiles[now]);
+    next = now;
+    now = now + 1 == kStages ? 0 : now + 1;
+  }
+  sum.finish();
+  __syncthreads();
+}
+
+// The sums of one block, for the rows that begin at `row` of `group`. All threads of the block call it together.
+template <class Math>
+__device__ void gather_multiply(typename Math::Accumulators& total, typename Math::Tile (&tiles)[Math::kStages],
+                                const GatherParams& p, const Columns& columns, int group, int row) {
+  if (columns.height.taps == 0 || columns.width.taps == 0) return;
+  if constexpr (Math::kAsync)
+    gather_asynchronously<Math>(total, tiles, p, columns, group, row);
+  else
+    gather_through_registers<Math>(total, tiles, p, columns, group, row);
+}
+
 // What a block works on, from its number: row tiles run fastest, so that blocks that share their input run together,
 // then groups, then phases, so that the phases that share output rows do, then column tiles.
 struct BlockPlace {
@@ -250,7 +382,7 @@ struct Gather {
   struct Storage {
     typename Ending::Kept kept;
     union {
-      typename Math::Tile tiles[2];
+      typename Math::Tile tiles[Math::kStages];
       typename Ending::Storage ending;
     };
     BlockColumns<Math> block;
@@ -266,6 +398,7 @@ struct Gather {
     const Columns& columns = shared.block.columns;
     if (threadIdx.x == 0) {
       shared.block.columns.template set<Map>(p, place.phase_h, place.phase_w, place.tile * Math::kBlockN);
+      if (Math::kAsync) shared.block.columns.set_steps(p, Math::kWords);
       shared.block.row_tile = Ending::kAllRows ? 0 : place.group * all_row_tiles + place.row_tile;
     }
     __syncthreads();

@@ -6,10 +6,11 @@
 // lest rounding grow with it: products are summed over kRun slabs, those sums over the slice, and slices are many.
 // Their partial sums, [slice][group][tap][row][column], are added in a fixed order and in double by the second kernel:
 // two runs agree bit for bit. A thread owns kPack pixels of a slab and reads several channels of them, lanes along the
-// pixels; where the tap of a pixel falls outside gy it stages zeros. Two slabs of shared memory alternate. Meant for
-// sm_80 and later.
+// pixels, while the previous slab is being multiplied; where the tap of a pixel falls outside gy it stages zeros. Two
+// slabs of shared memory alternate. Meant for sm_80 and later.
 #include "axis.cuh"
 #include "block_math.cuh"
+#include "opaque.cuh"
 
 namespace rawkern {
 
@@ -26,28 +27,37 @@ struct WeightGradientParams {
   int groups, rows, columns, row_tiles, column_tiles;
 };
 
-// A pixel of x that moves on through the slice.
+// A pixel of x that moves on through the slice, and what meets it in gy under one tap.
+template <class T>
 struct Pixel {
-  int64 index, image;
   int h, w;
+  const T* x;  // of this thread's first channel; y may point outside gy
+  const T* y;
 
   Pixel() = default;
 
-  __device__ Pixel(int64 index, const WeightGradientParams& p) : index(index) {
+  __device__ Pixel(int64 index, const WeightGradientParams& p, const T* input, const T* grad_output) {
     w = int(index % p.width.in_size);
     int64 rest = index / p.width.in_size;
     h = int(rest % p.height.in_size);
-    image = rest / p.height.in_size;
+    int64 image = rest / p.height.in_size;
+    x = input + image * p.in_strides[0] + h * p.in_strides[2] + w * p.in_strides[3];
+    y = grad_output + image * p.out_strides[0] + int64(h) * p.height.stride * p.out_strides[2] +
+        int64(w) * p.width.stride * p.out_strides[3];
   }
 
   __device__ void advance(int distance, const WeightGradientParams& p) {
-    index += distance;
     w += distance;
+    x += distance * p.in_strides[3];
+    y += int64(distance) * p.width.stride * p.out_strides[3];
     while (w >= p.width.in_size) {
       w -= p.width.in_size;
+      x += p.in_strides[2] - p.width.in_size * p.in_strides[3];
+      y += p.height.stride * p.out_strides[2] - int64(p.width.in_size) * p.width.stride * p.out_strides[3];
       if (++h == p.height.in_size) {
         h = 0;
-        ++image;
+        x += p.in_strides[0] - p.height.in_size * p.in_strides[2];
+        y += p.out_strides[0] - int64(p.height.in_size) * p.height.stride * p.out_strides[2];
       }
     }
   }
@@ -63,10 +73,15 @@ struct WeightGradient {
   static constexpr int kMinBlocks = Math::kMinBlocks;
   static constexpr int kPixels = Math::kWords * Math::kPack;  // depth of a slab
   static constexpr int kRun = 128 / kPixels;                  // slabs whose products are summed in one go
-  static constexpr int kChannelStep = kThreads / Math::kWords;
-  static constexpr int kStagedA = int(ceil_div(Math::kBlockM, kChannelStep));
-  static constexpr int kStagedB = int(ceil_div(Math::kBlockN, kChannelStep));
+  // A thread reads channels in runs of 16 bytes of words, which it stores at once: lanes run along the pixels, so
+  // that eight of them write to different banks (Math::Tile), where single words would meet in a few.
+  static constexpr int kChannels = 16 / int(sizeof(Word));
+  static constexpr int kRunStep = kThreads / Math::kWords;
+  static constexpr int kRunsA = int(ceil_div(Math::kBlockM / kChannels, kRunStep));
+  static constexpr int kRunsB = int(ceil_div(Math::kBlockN / kChannels, kRunStep));
   static_assert(kThreads % Math::kWords == 0, "threads must tile the slab");
+  static_assert(Math::kBlockM % kChannels == 0 && Math::kBlockN % kChannels == 0,
+                "runs of channels must tile the slab");
 
   struct Storage {
     typename Math::Tile tiles[2];
@@ -92,53 +107,85 @@ struct WeightGradient {
   };
 
   struct Staged {
-    Word a[kStagedA], b[kStagedB];
+    Words<Word, kChannels> a[kRunsA], b[kRunsB];
   };
 
-  // Reads this thread's words of both operands; pixels at or beyond `end` and taps outside gy give zeros.
-  __device__ static void load(Staged& staged, const Params& p, const Place& place, const Pixel (&pixel)[Math::kPack],
-                              int64 end) {
+  // Reads this thread's words of both operands; pixels beyond the `left` ones of the slice and taps outside gy give
+  // zeros.
+  __device__ static void load(Staged& staged, const Params& p, const Place& place, const Pixel<T> (&pixel)[Math::kPack],
+                              int64 left) {
+    int own = threadIdx.x % Math::kWords * Math::kPack;
     const T* x[Math::kPack];
     const T* y[Math::kPack];
-    bool has_x[Math::kPack], has_y[Math::kPack];
-    int first = threadIdx.x / Math::kWords;
+    bool exists[Math::kPack];
 #pragma unroll
     for (int i = 0; i < Math::kPack; ++i) {
       int h = pixel[i].h * p.height.stride - p.height.padding + place.tap_h * p.height.dilation;
       int w = pixel[i].w * p.width.stride - p.width.padding + place.tap_w * p.width.dilation;
-      has_x[i] = pixel[i].index < end;
-      has_y[i] = has_x[i] && unsigned(h) < unsigned(p.height.out_size) && unsigned(w) < unsigned(p.width.out_size);
-      x[i] = static_cast<const T*>(p.input) + pixel[i].image * p.in_strides[0] + pixel[i].h * p.in_strides[2] +
-             pixel[i].w * p.in_strides[3] + (int64(place.group) * p.rows + place.row + first) * p.in_strides[1];
-      y[i] = static_cast<const T*>(p.grad_output) + pixel[i].image * p.out_strides[0] + h * p.out_strides[2] +
-             w * p.out_strides[3] + (int64(place.group) * p.columns + place.column + first) * p.out_strides[1];
+      exists[i] =
+          own + i < left && unsigned(h) < unsigned(p.height.out_size) && unsigned(w) < unsigned(p.width.out_size);
+      x[i] = pixel[i].x;
+      y[i] = pixel[i].y;
     }
     // x where gy has no pixel is multiplied by zero; it must then be zero too, lest an infinity become NaN.
-#pragma unroll
-    for (int word = 0; word < kStagedA; ++word)
-      staged.a[word] = load_word(x, has_y, word * kChannelStep, first + place.row, p.rows, p.in_strides[1]);
-#pragma unroll
-    for (int word = 0; word < kStagedB; ++word)
-      staged.b[word] = load_word(y, has_y, word * kChannelStep, first + place.column, p.columns, p.out_strides[1]);
+    load_runs(staged.a, x, exists, p.rows - place.row, Math::kBlockM, p.in_strides[1]);
+    load_runs(staged.b, y, exists, p.columns - place.column, Math::kBlockN, p.out_strides[1]);
   }
 
-  __device__ static Word load_word(const T* const (&source)[Math::kPack], const bool (&exists)[Math::kPack], int ahead,
-                                   int channel, int channels, int64 stride) {
-    Value values[Math::kPack];
+  // `channels`: how many there are from the tile's first on; `block`: how many a full tile has. Nearly always nothing
+  // is missing: then no word is asked about.
+  template <int kRuns>
+  __device__ static void load_runs(Words<Word, kChannels> (&staged)[kRuns], const T* const (&source)[Math::kPack],
+                                   const bool (&exists)[Math::kPack], int channels, int block, int64 stride) {
+    bool whole = channels >= block && block % (kRunStep * kChannels) == 0;
 #pragma unroll
-    for (int i = 0; i < Math::kPack; ++i)
-      values[i] = exists[i] && channel + ahead < channels ? to_accumulator(source[i][ahead * stride]) : Value(0);
-    return Math::make_word(values);
+    for (int i = 0; i < Math::kPack; ++i) whole = whole && exists[i];
+    if (whole)
+      load_words(staged, source, stride, [](int, int) { return true; });
+    else
+      load_words(staged, source, stride, [&](int i, int channel) { return exists[i] && channel < channels; });
   }
+
+  template <int kRuns, class Exists>
+  __device__ static void load_words(Words<Word, kChannels> (&staged)[kRuns], const T* const (&source)[Math::kPack],
+                                    int64 stride, Exists exists) {
+    const T* from[Math::kPack];
+#pragma unroll
+    for (int i = 0; i < Math::kPack; ++i) from[i] = source[i];
+    int first = first_channel();
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+      for (int r = 0; r < kChannels; ++r) {
+        Value values[Math::kPack];
+#pragma unroll
+        for (int i = 0; i < Math::kPack; ++i) {
+          bool read = exists(i, first + run * kRunStep * kChannels + r);
+          values[i] = read ? to_accumulator(*from[i]) : Value(0);
+          from[i] += opaque(r + 1 < kChannels ? stride : ((kRunStep - 1) * kChannels + 1) * stride);
+        }
+        staged[run].at[r] = Math::make_word(values);
+      }
+    }
+  }
+
+  __device__ static int first_channel() { return threadIdx.x / Math::kWords * kChannels; }
 
   __device__ static void store(typename Math::Tile& tile, const Staged& staged) {
-    int word = threadIdx.x % Math::kWords, first = threadIdx.x / Math::kWords;
+    int word = threadIdx.x % Math::kWords;
+    store_runs(tile.a[word], staged.a);
+    store_runs(tile.b[word], staged.b);
+  }
+
+  template <int kRuns, int kStride>
+  __device__ static void store_runs(Word (&row)[kStride], const Words<Word, kChannels> (&staged)[kRuns]) {
+    constexpr int kBlock = kStride - Math::kPad;
 #pragma unroll
-    for (int i = 0; i < kStagedA; ++i)
-      if (first + i * kChannelStep < Math::kBlockM) tile.a[word][first + i * kChannelStep] = staged.a[i];
-#pragma unroll
-    for (int i = 0; i < kStagedB; ++i)
-      if (first + i * kChannelStep < Math::kBlockN) tile.b[word][first + i * kChannelStep] = staged.b[i];
+    for (int run = 0; run < kRuns; ++run) {
+      int channel = first_channel() + run * kRunStep * kChannels;
+      if (kBlock % (kRunStep * kChannels) == 0 || channel < kBlock)
+        *reinterpret_cast<Words<Word, kChannels>*>(&row[channel]) = staged[run];
+    }
   }
 
   __device__ static void run(const Params& p) {
@@ -163,29 +210,38 @@ struct WeightGradient {
   __device__ static void multiply_slice(typename Math::Accumulators& total, Storage& shared, const Params& p,
                                         const Place& place, int64 begin, int64 end) {
     int64 own = begin + threadIdx.x % Math::kWords * Math::kPack;
-    Pixel pixel[Math::kPack];
+    int64 row = int64(place.group) * p.rows + place.row + first_channel();
+    int64 column = int64(place.group) * p.columns + place.column + first_channel();
+    const T* input = static_cast<const T*>(p.input) + row * p.in_strides[1];
+    const T* grad_output = static_cast<const T*>(p.grad_output) + column * p.out_strides[1] +
+                           (int64(place.tap_h) * p.height.dilation - p.height.padding) * p.out_strides[2] +
+                           (int64(place.tap_w) * p.width.dilation - p.width.padding) * p.out_strides[3];
+    Pixel<T> pixel[Math::kPack];
 #pragma unroll
-    for (int i = 0; i < Math::kPack; ++i) pixel[i] = Pixel(own + i, p);
+    for (int i = 0; i < Math::kPack; ++i) pixel[i] = Pixel<T>(own + i, p, input, grad_output);
     Staged staged;
-    load(staged, p, place, pixel, end);
+    int64 left = end - begin;
+    load(staged, p, place, pixel, left);
     store(shared.tiles[0], staged);
     __syncthreads();
-    int64 steps = ceil_div(end - begin, kPixels);
     typename Math::Accumulators sum;
     clear<Math>(sum);
     clear<Math>(total);
-    for (int64 step = 0; step < steps; ++step) {
-      bool more = step + 1 < steps;
+    int now = 0, slabs = 0;
+    for (bool more = true; more; now ^= 1) {
+      more = left > kPixels;
       if (more) {
+        left -= kPixels;
 #pragma unroll
         for (int i = 0; i < Math::kPack; ++i) pixel[i].advance(kPixels, p);
-        load(staged, p, place, pixel, end);
+        load(staged, p, place, pixel, left);
       }
-      Math::multiply(sum, shared.tiles[step & 1]);
-      if (more) store(shared.tiles[(step + 1) & 1], staged);
-      if (step % kRun == kRun - 1 || !more) {
+      Math::multiply(sum, shared.tiles[now]);
+      if (more) store(shared.tiles[now ^ 1], staged);
+      if (++slabs == kRun || !more) {
         add<Math>(total, sum);
         clear<Math>(sum);
+        slabs = 0;
       }
       __syncthreads();
     }

@@ -1,5 +1,6 @@
 // A value that the compiler must take as it comes: what is computed from opaque(value) in a loop is computed in every
-// round, and not once before the loop, from where it would take registers through all of it.
+// round, and not once before the loop, from where it would take registers through all of it. An address that goes on by
+// opaque(step) is a sum each time, and not a product.
 #pragma once
 #include "platform.cuh"
 

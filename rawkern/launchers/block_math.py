@@ -91,8 +91,8 @@ _LONG_SUM = 256
 
 #: For such sums: accumulators for a run beside those for the total, so that tiles are smaller.
 LONG_SUM_CHOICES = (
-    _simt(np.dtype("float32"), 128, 64, 8, 4, 16, 1.0, run=8),
-    _simt(np.dtype("float32"), 64, 128, 8, 4, 16, 0.97, run=8),
+    _simt(np.dtype("float32"), 128, 64, 8, 8, 16, 1.0, run=8),
+    _simt(np.dtype("float32"), 64, 128, 8, 8, 16, 0.97, run=8),
     _simt(np.dtype("float32"), 64, 64, 8, 4, 16, 0.88, run=8),
     _simt(np.dtype("float32"), 8, 256, 8, 1, 8, 0.3, run=16),
 )
@@ -115,8 +115,17 @@ def choices(dtype, precision, depth):
     return CHOICES[np.dtype(dtype), tensor_core]
 
 
+#: For the weight gradient, which always sums in runs.
+_WEIGHT_GRADIENT_CHOICES = (
+    _simt(np.dtype("float32"), 64, 64, 8, 8, 16, 1.0),
+    _simt(np.dtype("float32"), 8, 256, 8, 1, 8, 0.3),
+)
+
+
 def weight_gradient_choices(dtype, precision):
     """The candidates for the weight gradient: its slices fill a GPU anyway, and larger tiles were no faster."""
+    if dtype == np.float32 and precision == "ieee":
+        return _WEIGHT_GRADIENT_CHOICES
     return [math for math in choices(dtype, precision, 0) if math.rows * math.columns <= 64 * 64]
 
 
