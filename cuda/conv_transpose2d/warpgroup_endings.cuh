@@ -1,11 +1,11 @@
 // What becomes of a warpgroup's sums (warpgroup_gather.cuh): the same three endings as endings.cuh has for a block's.
 //
 // A warp owns 16 of a job's output channels by all its columns, and ends them chunk by chunk: 32 outputs of each
-// channel, 16 values of each thread. It has a scheduler almost to itself, so nothing hides what it waits for: a chunk's
-// values go through their functions together, in the registers where they were summed. The code for a chunk is
-// written out once; only taking a chunk out of the 128 sums, which no instruction can index, is written out for each. A
-// thread's values belong to two channels, whose bias and operands are loaded once per job. Where a chunk lies in the
-// output is counted up from the one before, without a division.
+// channel, 8 values of each of a thread's two channels. It has a scheduler almost to itself, so nothing hides what it
+// waits for: these 8 go through their functions together, in the registers where they were summed. The code for a chunk
+// is written out once; only taking a chunk out of the 128 sums, which no instruction can index, is written out for
+// each. A thread's values belong to two channels, whose bias and operands are loaded once per job. Where a chunk lies
+// in the output is counted up from the one before, without a division.
 //
 // A thread has two neighbouring base pixels in all phases of the pass: a run of 2, 4 or 8 outputs of a row. Where these
 // are neighbours in memory, aligned, and exist whole or not at all, they are stored straight from the registers, 8 or
