@@ -327,6 +327,8 @@ class _Problem:
         """Blocks for which there are registers, by the compiler's own count for a few examples."""
         sums = rows * -(-pixels // self.height.idle) * (1 + self.in_runs)
         values = 1.1 * sums + min(6, self.height.extent(pixels)) + rows + self.width.slots
+        if self.channels_last:  # wide kernels, whose rows of weights NVRTC 13.0 loads early
+            values += 7 * max(0, self.width.slots - 5)
         return _blocks_for(self.dtype, self.channels_last, values, threads)
 
 
