@@ -166,6 +166,20 @@ def test_memory_that_begins_anywhere(case, dtype, kernel, device):
     assert torch.equal(ours(shifted), ours(aligned))
 
 
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+def test_channels_far_apart(kernel, tmp_path):
+    """Offsets that 32 bits do not hold, in rows that begin anywhere; of the memory in between nothing is touched."""
+    stride = 2**29 + 1
+    memory = np.memmap(tmp_path / "sparse", np.float16, "w+", shape=(8 * stride,)).view(np.ndarray)
+    image = memory.reshape(1, 8, 1, stride)[..., :95]
+    image[...] = sweep.numbers(image.shape, np.dtype("float16"))
+    weight = sweep.numbers((8, 4, 1, 1), np.dtype("float16"), 1)
+    geometry = Geometry.of(image.shape, weight.shape)
+    plan = warpgroup.plan(geometry, image.dtype, None, "sm_90a", 1, transposed=True)
+    assert warpgroup.pixels_per_copy(plan, image, runtime.element_strides(image)) == 0
+    assert np.array_equal(launchers.conv_transpose2d(image, weight), launchers.conv_transpose2d(image.copy(), weight))
+
+
 @pytest.mark.parametrize("dtype", warpgroup.DTYPES, ids=str)
 def test_every_way_to_copy_rows_is_tried(dtype):
     ways = set()

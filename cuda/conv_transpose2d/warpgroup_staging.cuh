@@ -333,7 +333,7 @@ struct ShiftedTurner : StagedPixels {
     bool exists = lane >= raw.begin && lane < raw.end;
     int column[kUnit];  // of the pixel, for channels that follow each other
 #pragma unroll
-    for (int c = 0; c < kUnit; ++c) column[c] = lane + int(raw.shift + c * p.in_strides[1]) % kUnit;
+    for (int c = 0; c < kUnit; ++c) column[c] = lane + (int(raw.shift + c * p.in_strides[1]) & (kUnit - 1));
     if (units == kUnits) {
 #pragma unroll
       for (int first = 0; first < kUnits; first += kUnits / 2)
