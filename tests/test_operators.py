@@ -268,7 +268,7 @@ def test_parameters_are_used_again(device, monkeypatch):
 
 
 def test_only_so_many_calls_are_remembered(monkeypatch):
-    monkeypatch.setattr("rawkern.autograd.operator._MOST_PLANS", 3)
+    monkeypatch.setattr("rawkern.runtime.Plans.MOST", 3)
     plans = next(operator for operator in operators() if operator.name == "pointwise")._plans
     for size in (1, 2, 3, 4, 5, 1):
         x = torch.randn(size)

@@ -9,8 +9,6 @@ Called,
   dispatcher as `torch.ops.rawkern.<name>`, whose fake implementation is the same body without the launches.
 """
 
-import threading
-
 import torch
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch._C import _dispatch_tls_is_dispatch_key_excluded as is_excluded
@@ -19,16 +17,13 @@ from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 
-from ..runtime import ALIGNMENT
+from ..runtime import ALIGNMENT, Plans
 from .dlpack import Recording, to_array
 from .precision import default_precision
 from .shapes_only import ShapesOnly, check_devices
 
 _LIBRARY = torch.library.Library("rawkern", "DEF")
 _OPERATORS = []
-#: Calls remembered per operator; beyond, the oldest are forgotten.
-_MOST_PLANS = 4096
-_remembering = threading.Lock()
 
 
 class Operator:
@@ -59,7 +54,7 @@ class Operator:
         self._has_precision = "precision)" in schema  # the last argument
         self._body, self._setup_context = body, setup_context or _nothing_saved
         self._backward, self._jvp, self._vmap = backward, jvp, vmap
-        self._plans = {}
+        self._plans = Plans()
         self._function, self._transformable = self._functions()
         self._apply = super(torch.autograd.Function, self._function).apply  # without the checks for transforms
         self._register(schema)
@@ -126,12 +121,7 @@ class Operator:
         check_devices(names, tensors)
         recording = Recording(names, tensors)
         outputs = self._body(recording, *self._arguments(tensors, static))
-        plan = recording.plan(outputs)
-        if plan is not None:
-            with _remembering:
-                if len(self._plans) >= _MOST_PLANS:
-                    del self._plans[next(iter(self._plans))]
-                self._plans[key] = plan
+        self._plans.remember(key, recording.plan(outputs))
         return outputs
 
     def _dispatch(self, tensors, static):

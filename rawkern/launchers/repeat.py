@@ -6,24 +6,20 @@ the first (see runtime/tape.py) with new outputs.
 """
 
 import functools
-import threading
 
 import numpy as np
 
 from .. import runtime
 from ..epilogue import Function
-from ..runtime import ALIGNMENT, Recorder
+from ..runtime import ALIGNMENT, Plans, Recorder
 from .chain import Chain
 
-#: Kinds of calls remembered per launcher; beyond, the oldest are forgotten.
-_MOST_PLANS = 4096
 _plans = []  # of all launchers
-_remembering = threading.Lock()
 
 
 def repeatable(launcher):
     """Makes a launcher, whose keyword `stream` may be None, repeat the launches of calls of a kind seen before."""
-    plans = {}
+    plans = Plans()
     _plans.append(plans)
 
     @functools.wraps(launcher)
@@ -44,11 +40,7 @@ def repeatable(launcher):
         if plan is not None:
             return plan.repeat(arrays, addresses, stream)
         plan, results = _record(launcher, arguments, options, arrays, stream)
-        if plan is not None:
-            with _remembering:
-                if len(plans) >= _MOST_PLANS:
-                    del plans[next(iter(plans))]
-                plans[key] = plan
+        plans.remember(key, plan)
         return results
 
     return call
@@ -71,15 +63,11 @@ def _describe(value, key, arrays):
         key += (kind, len(value))
         for item in value:
             _describe(item, key, arrays)
-    elif kind is np.ndarray:
+    elif kind is np.ndarray or runtime.is_cupy(kind):
         if value.strides and min(value.strides) < 0:
             raise _NotRepeatableError
-        key += (value.shape, value.strides, value.dtype, value.flags.writeable)
-        arrays.append(value)
-    elif runtime.is_cupy(kind):
-        if value.strides and min(value.strides) < 0:
-            raise _NotRepeatableError
-        key += (value.shape, value.strides, value.dtype, value.data.device_id)
+        place = value.flags.writeable if kind is np.ndarray else value.data.device_id
+        key += (kind, value.shape, value.strides, value.dtype, place)
         arrays.append(value)
     elif isinstance(value, Function):
         key += (kind, value.signature, value.numbers)

@@ -18,7 +18,7 @@ from .arrays import (
 )
 from .errors import CacheError, CompileError, EmulatorError
 from .kernel import Kernel, params
-from .tape import ALIGNMENT, Recorder, Tape
+from .tape import ALIGNMENT, Plans, Recorder, Tape
 
 __all__ = [
     "ALIGNMENT",
@@ -27,6 +27,7 @@ __all__ = [
     "CompileError",
     "EmulatorError",
     "Kernel",
+    "Plans",
     "Queue",
     "Recorder",
     "Tape",

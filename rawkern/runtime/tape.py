@@ -9,6 +9,7 @@ and every workspace, and makes a `Tape` of them.
 
 import ctypes
 import math
+import threading
 
 import numpy as np
 
@@ -16,6 +17,21 @@ import numpy as np
 ALIGNMENT = 16
 #: Where pieces of the one workspace of a tape begin.
 _WORKSPACE_ALIGNMENT = 256
+
+
+class Plans(dict):
+    """What calls of one function do, by their kind; of more kinds than MOST the oldest are forgotten."""
+
+    MOST = 4096
+    _remembering = threading.Lock()
+
+    def remember(self, kind, plan):
+        """Keeps a plan, unless it is None: what cannot be repeated is decided in every call."""
+        if plan is not None:
+            with self._remembering:
+                if len(self) >= self.MOST:
+                    del self[next(iter(self))]
+                self[kind] = plan
 
 
 class Recorder:
