@@ -1,6 +1,6 @@
 // Repacks weights for warpgroup_gather.cuh, in the order in which its blocks read them: for each unit of 64
-// kChannelGroups output channels, each pass, each slab of input channels and each step (tap) of the pass one tile of
-// kRows rows of 128 bytes, swizzled as wgmma.cuh says, rounded to the operand format, padded with zeros.
+// output channels, each pass, each slab of input channels and each step (tap) of the pass one tile of 64 rows of 128
+// bytes, swizzled as wgmma.cuh says, rounded to the operand format, padded with zeros.
 //
 // One thread per 16 bytes; writes are coalesced, reads follow the weights' own strides. The weights are small (and stay
 // in the L2 cache for the kernel that follows), so this is a few microseconds. Meant for sm_90a, runs anywhere.
@@ -24,10 +24,6 @@ struct WarpgroupPackWeight {
     int depth, rows, units_per_group, slabs, passes, kernel_w;
     short pass_step[kMaxPhases + 1];  // first step of each pass
     short tap[kMaxSteps];             // of each step: kh * kernel_w + kw
-  };
-
-  struct alignas(16) Unit {
-    unsigned words[4];
   };
 
   __device__ static Unit make_unit(const T (&values)[kUnit]) {
@@ -62,7 +58,7 @@ struct WarpgroupPackWeight {
     for (int i = 0; i < kUnit; ++i)
       values[i] = out < p.rows && channel + i < p.depth ? source[(channel + i) * p.depth_stride] : T{};
     unsigned char* to = static_cast<unsigned char*>(p.packed) + tile * (kRows * kSwizzledRow);
-    *reinterpret_cast<Unit*>(to + swizzled(row, unit)) = make_unit(values);
+    unit_at(to, row, unit) = make_unit(values);
   }
 };
 

@@ -72,13 +72,6 @@ struct alignas(kCount * sizeof(T)) Vector {
   T values[kCount];
 };
 
-struct alignas(16) Unit {
-  unsigned words[4];
-};
-__device__ inline Unit& unit_at(unsigned char* stage, int place, int unit) {
-  return *reinterpret_cast<Unit*>(stage + swizzled(place, unit));
-}
-
 // Channels of 32 pixels as they lie in memory, row by row. The second half of 16-bit ones is shifted to other banks.
 template <class T>
 struct alignas(16) RawRows {

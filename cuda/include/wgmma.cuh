@@ -23,6 +23,13 @@ constexpr int kSwizzledRow = 128;  // bytes
 // Where the 16-byte unit `unit` of row `row` lies in a buffer of such rows, in bytes.
 __host__ __device__ constexpr int swizzled(int row, int unit) { return row * kSwizzledRow + ((unit ^ (row & 7)) << 4); }
 
+struct alignas(16) Unit {
+  unsigned words[4];
+};
+__device__ inline Unit& unit_at(unsigned char* buffer, int row, int unit) {
+  return *reinterpret_cast<Unit*>(buffer + swizzled(row, unit));
+}
+
 #if RAWKERN_GPU
 
 // The descriptor of an operand that begins at `start`.
