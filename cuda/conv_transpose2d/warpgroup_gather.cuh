@@ -74,8 +74,8 @@ struct WarpgroupGather {
     unsigned char pool[kPoolBytes];
     RawRows<T> raw[kStagerWarps][kRawDepth];  // or as many other rows as they have room for
     typename Ending::template Storage<WarpgroupGather> ending;
-    Mbarrier stage_full[kMaxStages], stage_empty[kMaxStages];
-    Mbarrier weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
+    Mbarrier stage_full[kMaxStages], weight_full[kMaxWeightStages];
+    Mbarrier empty[kMaxStages + kMaxWeightStages];  // of stages, then of weights
     Mbarrier turn[kConsumers];
 
     // Stages from the pool's beginning, weights up to its end.
@@ -103,24 +103,39 @@ struct WarpgroupGather {
     return kConsumers * p.slabs <= p.stages && groups_per_tile(p) == 1;
   }
 
+  // A job's place among those of its tile.
+  struct JobPlace {
+    int pass = 0, unit = 0;
+    __device__ JobPlace(const WarpgroupParams& p, int tile) {
+      if (p.parts == 1) return;
+      unsigned job = unsigned(tile) % unsigned(p.parts) * p.jobs, units = units_per_tile(p);
+      pass = job / units;
+      unit = job - pass * units;
+    }
+    __device__ void advance(int units) {
+      if (++unit < units) return;
+      unit = 0;
+      ++pass;
+    }
+  };
+  __device__ static int units_per_tile(const WarpgroupParams& p) { return p.units * groups_per_tile(p); }
+
   // visit(job) for every job of this block, in the order in which they are multiplied.
   template <class Visit>
   __device__ __forceinline__ static void for_each(const WarpgroupParams& p, Visit visit) {
-    int step = gridDim.x;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += kConsumers * step)
-      for (int i = 0; i < p.jobs; ++i)
+    int step = gridDim.x, units = units_per_tile(p);
+    for (int tile = blockIdx.x; tile < p.tiles; tile += kConsumers * step) {
+      JobPlace first(p, tile), second(p, tile + step);
+      for (int i = 0; i < p.jobs; ++i) {
         for (int consumer = 0; consumer < kConsumers; ++consumer) {
-          int own = tile + consumer * step, unit, pass = pass_of(p, own, i, unit);
-          visit(Job{consumer, own, own < p.tiles, pass, unit, i == 0, i == p.jobs - 1});
+          int own = tile + consumer * step;
+          visit(Job{consumer, own, own < p.tiles, consumer ? second.pass : first.pass,
+                    consumer ? second.unit : first.unit, i == 0, i == p.jobs - 1});
         }
-  }
-  // The pass and unit of job `job` of a tile, or of a part of it.
-  __device__ static int pass_of(const WarpgroupParams& p, int tile, int job, int& unit) {
-    int units = p.units * groups_per_tile(p);
-    job += unsigned(tile) % unsigned(p.parts) * p.jobs;
-    int pass = unsigned(job) / unsigned(units);
-    unit = job - pass * units;
-    return pass;
+        first.advance(units);
+        second.advance(units);
+      }
+    }
   }
 
   __device__ static int steps_before(const WarpgroupParams& p, int pass) {
@@ -137,7 +152,7 @@ struct WarpgroupGather {
       const unsigned char* source =
           static_cast<const unsigned char*>(p.weight) + (unit * steps_before(p, p.passes) + first) * kWeightBytes;
       for (int step = first; step < last; ++step) {
-        mbarrier_wait(memory.weight_empty[ring.slot], ring.parity ^ 1);
+        mbarrier_wait(memory.empty[kMaxStages + ring.slot], ring.parity ^ 1);
         mbarrier_arrive_expect(memory.weight_full[ring.slot], kWeightBytes);
         bulk_copy(memory.weights(p, ring.slot), source, kWeightBytes, memory.weight_full[ring.slot]);
         source += kWeightBytes;
@@ -151,13 +166,11 @@ struct WarpgroupGather {
   struct Slabs {
     const WarpgroupParams& p;
     int jobs, step, tile;  // `tile` of the first consumer
-    int job = 0, unit = 0, consumer = 0, slab = 0;
+    int job = 0, consumer = 0, slab = 0;
     TilePlace at;  // below the last image when there are no more
 
     __device__ explicit Slabs(const WarpgroupParams& p)
-        : p(p), jobs(resident(p) ? 1 : p.jobs), step(gridDim.x), tile(blockIdx.x), at(place(p, tile)) {
-      pass_of(p, tile, job, unit);
-    }
+        : p(p), jobs(resident(p) ? 1 : p.jobs), step(gridDim.x), tile(blockIdx.x), at(place(p, tile)) {}
 
     __device__ int64 count() const {
       int64 tiles = (p.tiles - 1 - int(blockIdx.x)) / step + 1;
@@ -169,12 +182,10 @@ struct WarpgroupGather {
       slab = 0;
       do next_job();
       while (tile < p.tiles && tile + consumer * step >= p.tiles);
-      if (tile < p.tiles) {
+      if (tile < p.tiles)
         at = place(p, tile + consumer * step);
-        pass_of(p, tile + consumer * step, job, unit);
-      } else {
+      else
         at.image = p.batch;
-      }
     }
 
     __device__ void next_job() {
@@ -186,7 +197,13 @@ struct WarpgroupGather {
     }
 
     // The slab's first channel in the input, and how many channels from there on belong to the group.
-    __device__ int64 first_channel() const { return int64(group_of(p, at, unit)) * p.depth + slab * kSlab; }
+    __device__ int64 first_channel() const { return int64(group()) * p.depth + slab * kSlab; }
+    __device__ int group() const {
+      if (!Ending::kAllRows) return at.group;
+      if (p.groups == 1) return 0;
+      int units = units_per_tile(p), first = unsigned(tile + consumer * step) % unsigned(p.parts) * p.jobs;
+      return unsigned(first + job) % unsigned(units) / unsigned(p.units);
+    }
     __device__ int channels() const { return p.depth - slab * kSlab; }
     __device__ int stage_units() const { return units_of(p, slab); }
   };
@@ -197,7 +214,7 @@ struct WarpgroupGather {
   }
 
   __device__ static unsigned char* wait_for_stage(const WarpgroupParams& p, Memory& memory, const Ring& ring) {
-    mbarrier_wait(memory.stage_empty[ring.slot], ring.parity ^ 1);
+    mbarrier_wait(memory.empty[ring.slot], ring.parity ^ 1);
     return memory.stage(p, ring.slot);
   }
   __device__ static void give_stage(const WarpgroupParams& p, Memory& memory, Ring& ring) {
@@ -281,19 +298,24 @@ struct WarpgroupGather {
       stage_pixels<PixelSource<T, 16 / sizeof(T), Slabs>, Turner>(p, memory, warp);
   }
 
-  // A consumer's side of the rings: where its next weights and its tile's slabs are, what it has read but not yet given
-  // back, and whose turn it is.
+  // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has
+  // read but not yet given back: a lane remembers which of `empty` it will arrive at, -1 for none.
   struct Reader {
     Memory& memory;
+    int lane;
     Ring weights, tile, next_tile;
-    int held_weights = -1, held_stage = -1;
+    int held = -1;
+    int ready = 0;  // whether the next weights are known to be there
     unsigned turn = 0;
 
     __device__ void give_back() {
-      bool leader = threadIdx.x % kWarp == 0;
-      if (leader && held_weights >= 0) mbarrier_arrive(memory.weight_empty[held_weights]);
-      if (leader && held_stage >= 0) mbarrier_arrive(memory.stage_empty[held_stage]);
-      held_weights = held_stage = -1;
+      if (held >= 0) mbarrier_arrive(memory.empty[held]);
+    }
+    __device__ void wait_for_weights() {
+      if (!ready) mbarrier_wait(memory.weight_full[weights.slot], weights.parity);
+    }
+    __device__ uint64 next_weights(const WarpgroupParams& p) const {
+      return matrix_descriptor(memory.weights(p, weights.slot));
     }
     // The first consumer begins; after that, each one's turn ends the other one's wait.
     __device__ void wait_turn(int consumer) {
@@ -301,78 +323,99 @@ struct WarpgroupGather {
       turn ^= 1;
     }
     __device__ void pass_turn(int consumer) {
-      if (threadIdx.x % kWarp == 0) mbarrier_arrive(memory.turn[consumer ^ 1]);
+      if (lane == 0) mbarrier_arrive(memory.turn[consumer ^ 1]);
     }
   };
 
-  // The products of one slab and tap: kSlices instructions of 32 bytes of channels, committed where they are issued:
-  // the assembler closes a group at the end of a basic block by itself, and waiting for a number of groups would count
-  // it.
+  // The products of one slab and of the taps `first` to `end`, each kSlices instructions of 32 bytes of channels.
+  //
+  // An instruction waits until the tensor cores take it, and they have room for no more than one or two. So what comes
+  // after the last product of a tap and before the first one of the next is time in which they run dry: no more than a
+  // few instructions. What the next tap needs is looked up between the products of this one, without a branch (the
+  // assembler closes a group of products at the end of a basic block by itself, and waiting for a number of groups
+  // would count it). A tap's slot is given back when the next tap's products have been issued.
   template <int kSlices, int kRegisters>
-  __device__ static void multiply(float (&sum)[kRegisters], uint64 weights, uint64 pixels) {
-    wgmma_fence();
+  __device__ __forceinline__ static void multiply(const WarpgroupParams& p, Reader& reader, float (&sum)[kRegisters],
+                                                  uint64 pixels, int first, int end) {
+    if (first == end) return;
+    Memory& memory = reader.memory;
+    uint64 weights = reader.next_weights(p), tap = advance_descriptor(pixels, p.offset[first] * kSwizzledRow);
+#pragma unroll 1
+    for (int step = first; step < end; ++step) {
+      reader.wait_for_weights();
+      wgmma_fence();
+      wgmma<Operand>(sum, weights, tap);
+      int held = reader.lane == 0 ? kMaxStages + reader.weights.slot : -1;
+      reader.weights.advance(p.weight_stages);
+      reader.ready = mbarrier_test(memory.weight_full[reader.weights.slot], reader.weights.parity);
+      uint64 next_weights = computed_descriptor(reader.next_weights(p));
+      uint64 next_tap = computed_descriptor(advance_descriptor(pixels, p.offset[step + 1] * kSwizzledRow));
 #pragma unroll
-    for (int k = 0; k < kSlices; ++k)
-      wgmma<Operand>(sum, advance_descriptor(weights, k * 32), advance_descriptor(pixels, k * 32));
-    wgmma_commit();
-  }
-  template <int kRegisters>
-  __device__ static void multiply(float (&sum)[kRegisters], uint64 weights, uint64 pixels, int slices) {
-    if (slices == 4)
-      multiply<4>(sum, weights, pixels);
-    else if (slices == 3)
-      multiply<3>(sum, weights, pixels);
-    else if (slices == 2)
-      multiply<2>(sum, weights, pixels);
-    else
-      multiply<1>(sum, weights, pixels);
+      for (int k = 1; k < kSlices; ++k)
+        wgmma<Operand>(sum, advance_descriptor(weights, k * 32), advance_descriptor(tap, k * 32));
+      wgmma_commit();
+      wgmma_wait<1>();
+      reader.give_back();
+      reader.held = held;
+      weights = next_weights;
+      tap = next_tap;
+    }
   }
 
-  // The sums of one job. A slot of a ring is given back when the products after the ones that read it have been issued,
-  // and the turn is passed on before the last products are done, so that the tensor cores never run dry.
+  // The same for all phases of a pass.
+  template <int kSlices>
+  __device__ __forceinline__ static void multiply_slab(const WarpgroupParams& p, Reader& reader,
+                                                       float (&sum)[kPhases][kPixels / 2], uint64 pixels, int pass) {
+#pragma unroll
+    for (int i = 0; i < kPhases; ++i)
+      multiply<kSlices>(p, reader, sum[i], pixels, p.first_step[pass * kPhases + i],
+                        p.first_step[pass * kPhases + i + 1]);
+  }
+
+  // The sums of one job. The turn is passed on before the last products are done, so that the tensor cores never run
+  // dry.
   __device__ __forceinline__ static void accumulate(const WarpgroupParams& p, Reader& reader,
                                                     float (&sum)[kPhases][kPixels / 2], const Job& job,
                                                     bool give_stages_back) {
     Memory& memory = reader.memory;
     Ring stages = reader.tile;
+    bool has_steps = p.first_step[job.pass * kPhases] < p.first_step[(job.pass + 1) * kPhases];
+    reader.ready = 0;
+    // Only where the slot's round before cannot be the other consumer's, whose end this wait would take for its own.
+    if (p.stages > p.slabs) mbarrier_wait(memory.stage_full[stages.slot], stages.parity);
+    reader.wait_turn(job.consumer);
     for (int slab = 0; slab < p.slabs; ++slab) {
       // Through a shuffle, so that the compiler knows that the warp agrees: it would wait for every product otherwise.
       int slices = __shfl_sync(kFullMask, slab == p.slabs - 1 ? p.last_slices : 4, 0);
       mbarrier_wait(memory.stage_full[stages.slot], stages.parity);
       uint64 pixels = matrix_descriptor(memory.stage(p, stages.slot));
-#pragma unroll
-      for (int i = 0; i < kPhases; ++i) {
-        int end = p.first_step[job.pass * kPhases + i + 1];
-#pragma unroll 1
-        for (int step = p.first_step[job.pass * kPhases + i]; step < end; ++step) {
-          mbarrier_wait(memory.weight_full[reader.weights.slot], reader.weights.parity);
-          uint64 weights = matrix_descriptor(memory.weights(p, reader.weights.slot));
-          multiply(sum[i], weights, advance_descriptor(pixels, p.offset[step] * kSwizzledRow), slices);
-          wgmma_wait<1>();
-          reader.give_back();
-          reader.held_weights = reader.weights.slot;
-          reader.weights.advance(p.weight_stages);
-        }
-      }
-      if (give_stages_back) {
-        if (reader.held_stage >= 0) {  // no products in between
-          wgmma_wait<0>();
-          reader.give_back();
-        }
-        reader.held_stage = stages.slot;
+      if (slices == 4)
+        multiply_slab<4>(p, reader, sum, pixels, job.pass);
+      else if (slices == 3)
+        multiply_slab<3>(p, reader, sum, pixels, job.pass);
+      else if (slices == 2)
+        multiply_slab<2>(p, reader, sum, pixels, job.pass);
+      else
+        multiply_slab<1>(p, reader, sum, pixels, job.pass);
+      if (give_stages_back && reader.lane == 1) {  // lane 0 has the weights
+        if (has_steps)
+          reader.held = stages.slot;
+        else
+          mbarrier_arrive(memory.empty[stages.slot]);
       }
       stages.advance(p.stages);
     }
     reader.pass_turn(job.consumer);
     wgmma_wait<0>();
     reader.give_back();
+    reader.held = -1;
 #pragma unroll
     for (int i = 0; i < kPhases; ++i) pin(sum[i]);
   }
 
   __device__ __forceinline__ static void consume(const Params& params, Memory& memory, int consumer) {
     const WarpgroupParams& p = params.gather;
-    Reader reader{memory};
+    Reader reader{memory, int(threadIdx.x % kWarp)};
     Ending ending(params.ending, p);
     bool once = resident(p);
     for_each(p, [&](const Job& job) {
@@ -384,17 +427,17 @@ struct WarpgroupGather {
         if (job.exists) reader.weights.skip(steps_before(p, job.pass + 1) - steps_before(p, job.pass), p.weight_stages);
         return;
       }
+      if (!job.exists) {
+        reader.wait_turn(consumer);
+        reader.pass_turn(consumer);
+        return;
+      }
       float sum[kPhases][kPixels / 2];
 #pragma unroll
       for (int i = 0; i < kPhases; ++i) {
 #pragma unroll
         for (int j = 0; j < kPixels / 2; ++j) sum[i][j] = 0;
         pin(sum[i]);
-      }
-      reader.wait_turn(consumer);
-      if (!job.exists) {
-        reader.pass_turn(consumer);
-        return;
       }
       accumulate(p, reader, sum, job, !once || job.last);
       TilePlace tile = place(p, job.tile);
@@ -407,14 +450,9 @@ struct WarpgroupGather {
   __device__ __forceinline__ static void run(const Params& params) {
     RAWKERN_DYNAMIC_SHARED(Memory, memory);
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kMaxStages; ++i) {
-        mbarrier_init(memory.stage_full[i], kStagerWarps);
-        mbarrier_init(memory.stage_empty[i], 4);
-      }
-      for (int i = 0; i < kMaxWeightStages; ++i) {
-        mbarrier_init(memory.weight_full[i], 1);
-        mbarrier_init(memory.weight_empty[i], 4);
-      }
+      for (int i = 0; i < kMaxStages; ++i) mbarrier_init(memory.stage_full[i], kStagerWarps);
+      for (int i = 0; i < kMaxWeightStages; ++i) mbarrier_init(memory.weight_full[i], 1);
+      for (int i = 0; i < kMaxStages + kMaxWeightStages; ++i) mbarrier_init(memory.empty[i], 4);
       for (int i = 0; i < kConsumers; ++i) mbarrier_init(memory.turn[i], 4);
       mbarrier_fence_init();
     }

@@ -29,7 +29,7 @@ struct WarpgroupParams {
   int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8; 0: see ShiftedSource
   short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
-  short offset[kMaxSteps];           // of each step, the pixels by which its tap is displaced in the tile
+  short offset[kMaxSteps + 1];       // of each step, the pixels by which its tap is displaced in the tile; and one more
 };
 
 template <class T>

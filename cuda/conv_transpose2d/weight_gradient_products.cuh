@@ -91,16 +91,6 @@ struct WarpgroupProducts {
     pin(sum.value);
   }
 
-  // advance_descriptor(), told that nothing is carried into the descriptor's upper half: its words are constants then.
-  __device__ static uint64 further(uint64 descriptor, int bytes) {
-    uint64 moved = advance_descriptor(descriptor, bytes);
-#if RAWKERN_GPU
-    return (descriptor & 0xffffffff00000000ull) | unsigned(moved);
-#else
-    return moved;
-#endif
-  }
-
   // Products are committed where they are issued: the assembler closes a group at the end of a basic block by itself,
   // and await_previous() would count it.
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
@@ -110,7 +100,7 @@ struct WarpgroupProducts {
       wgmma_fence();
 #pragma unroll
       for (int bytes = 0; bytes < kSwizzledRow; bytes += 32)
-        wgmma<Operand>(sum.value, further(a, bytes), further(b, bytes));
+        wgmma<Operand>(sum.value, advance_descriptor(a, bytes), advance_descriptor(b, bytes));
       wgmma_commit();
     } else {
       wgmma_wait<0>();  // no group of this call's, by which await_previous() could count

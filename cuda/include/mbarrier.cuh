@@ -43,6 +43,21 @@ __device__ inline void mbarrier_wait(Mbarrier& barrier, unsigned parity) {
       : "memory");
 }
 
+// Whether the phase of that parity is complete, without waiting.
+__device__ inline bool mbarrier_test(Mbarrier& barrier, unsigned parity) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(&barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // Copies `bytes` (a multiple of 16, both addresses aligned to 16) from global to shared memory.
 __device__ inline void bulk_copy(void* destination, const void* source, int bytes, Mbarrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -76,6 +91,7 @@ struct Mbarrier {
 inline void mbarrier_init(Mbarrier& barrier, int arrivals) { barrier = Mbarrier{arrivals, arrivals, 0, 0}; }
 inline void mbarrier_fence_init() {}
 inline void fence_async_proxy() {}
+inline bool mbarrier_test(Mbarrier& barrier, unsigned parity) { return (unsigned(barrier.phase) & 1) != parity; }
 
 namespace emulator {
 inline void complete_if_done(Mbarrier& barrier) {

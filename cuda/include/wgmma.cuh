@@ -14,6 +14,7 @@
 // tf32_round (mma.cuh) when they are staged; the unit ignores the 13 low bits. sm_90a only.
 #pragma once
 #include "mma.cuh"
+#include "opaque.cuh"
 
 namespace rawkern {
 
@@ -32,13 +33,22 @@ __device__ inline Unit& unit_at(unsigned char* buffer, int row, int unit) {
 
 #if RAWKERN_GPU
 
-// The descriptor of an operand that begins at `start`.
-__device__ inline uint64 matrix_descriptor(const void* start) {
-  uint64 address = uint64(shared_address(start)) >> 4;
+// The descriptor of an operand that begins at `start`. Its upper word is a constant and stays one when it is advanced,
+// since nothing is carried out of an address in shared memory: instructions that compute it would delay the product.
+__device__ inline uint64 descriptor_of(unsigned low) {
   constexpr uint64 kGroupStride = 8 * kSwizzledRow >> 4, kSwizzle128 = 1;
-  return address | uint64(1) << 16 | kGroupStride << 32 | kSwizzle128 << 62;
+  return low | kGroupStride << 32 | kSwizzle128 << 62;
 }
-__device__ inline uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
+__device__ inline uint64 matrix_descriptor(const void* start) {
+  return descriptor_of(shared_address(start) >> 4 | 1u << 16);
+}
+__device__ inline uint64 advance_descriptor(uint64 descriptor, int bytes) {
+  return descriptor_of(unsigned(descriptor) + (bytes >> 4));
+}
+// Makes the compiler compute a descriptor here, not where it is used.
+__device__ inline uint64 computed_descriptor(uint64 descriptor) {
+  return descriptor_of(unsigned(opaque(int(descriptor))));
+}
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -127,6 +137,7 @@ __device__ inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right) 
 // A descriptor is the address itself.
 inline uint64 matrix_descriptor(const void* start) { return uint64(uintptr_t(start)); }
 inline uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + uint64(int64(bytes)); }
+inline uint64 computed_descriptor(uint64 descriptor) { return descriptor; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kGroups>

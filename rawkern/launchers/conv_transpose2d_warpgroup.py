@@ -64,7 +64,7 @@ PARAMS = runtime.params(
     ("vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
-    ("offset", "i2", (_MAX_STEPS,)),
+    ("offset", "i2", (_MAX_STEPS + 1,)),
 )
 PACK = runtime.params(
     ("weight", "u8"),
@@ -442,7 +442,7 @@ class _Work:
             jobs=self._jobs(shape) // tile.parts,
             phase=_padded(phases, (_MAX_PHASES, 2)),
             first_step=_padded(first_step, _MAX_PHASES + 1),
-            offset=_padded(offsets, _MAX_STEPS),
+            offset=_padded(offsets, _MAX_STEPS + 1),
         )
         tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
         packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _ROWS * _ROW_BYTES
