@@ -376,7 +376,6 @@ struct Chunks {
 template <class T, class Chain>
 struct WarpgroupStore {
   static constexpr bool kAllRows = false;
-  static constexpr int kRawDepth = 4;
   struct Params {
     void* output;
     void* saved;
@@ -438,7 +437,6 @@ struct WarpgroupStore {
 template <class T, class Chain>
 struct WarpgroupStoreWithMoments {
   static constexpr bool kAllRows = false;
-  static constexpr int kRawDepth = 4;
   struct Params {
     void* output;
     const void* bias;
@@ -580,7 +578,6 @@ struct WarpgroupStoreWithMoments {
 template <class T>
 struct WarpgroupChannelMin {
   static constexpr bool kAllRows = true;
-  static constexpr int kRawDepth = 2;  // shared memory has no room for more
   struct Params {
     float* values;
     int* index;

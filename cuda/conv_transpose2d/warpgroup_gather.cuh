@@ -56,7 +56,6 @@ struct WarpgroupGather {
   static constexpr int kMinBlocks = 1;
   static constexpr int kRows = 64;
   static constexpr int kSlab = kSwizzledRow / sizeof(T);
-  static constexpr int kRawDepth = Ending::kRawDepth;
   static constexpr int kWeightBytes = kRows * kSwizzledRow;
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   // What the warpgroups hold together is what the block was launched with, or they wait for registers for ever.
@@ -72,7 +71,6 @@ struct WarpgroupGather {
 
   struct alignas(1024) Memory {
     unsigned char pool[kPoolBytes];
-    RawRows<T> raw[kStagerWarps][kRawDepth];  // or as many other rows as they have room for
     typename Ending::template Storage<WarpgroupGather> ending;
     Mbarrier stage_full[kMaxStages], weight_full[kMaxWeightStages];
     Mbarrier empty[kMaxStages + kMaxWeightStages];  // of stages, then of weights
@@ -250,52 +248,24 @@ struct WarpgroupGather {
     }
   }
 
-  // kDepth batches of 32 pixels are under way, which may belong to later slabs, while one is turned around.
-  template <class Source, class Turner>
+  template <int kTogether>
   __device__ static void stage_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
-    using Raw = typename Source::Raw;
-    constexpr int kDepth = sizeof(memory.raw[0]) / sizeof(Raw);
-    Raw* raw = reinterpret_cast<Raw*>(memory.raw[warp]);
-    Source source(p, warp, kStagerWarps);
-    Turner turner(p);
-    int first = warp * kWarp, count = turner.count(), slot = 0, slab = 0;
+    PixelStager<T, kTogether, Slabs> stager(p, warp, kStagerWarps);
     Ring ring;
+    int slab = 0;
 #pragma unroll 1
-    for (int i = 0; i < kDepth - 1; ++i) {
-      source.start(raw[i]);
-      async_commit();
-    }
-    for (int64 left = source.slabs.count(); left > 0; --left) {
-      unsigned char* stage = wait_for_stage(p, memory, ring);
-      int units = units_of(p, slab);
-#pragma unroll 1
-      for (int batch = first; batch < count; batch += kStagerWarps * kWarp) {
-        source.start(raw[(slot + kDepth - 1) % kDepth]);
-        async_commit();
-        async_wait<kDepth - 1>();
-        __syncwarp();
-        turner.turn(raw[slot], stage, batch, units);
-        __syncwarp();
-        slot = (slot + 1) % kDepth;
-      }
+    for (int64 left = Slabs(p).count(); left > 0; --left) {
+      stager.stage(wait_for_stage(p, memory, ring), units_of(p, slab));
       give_stage(p, memory, ring);
       if (++slab == p.slabs) slab = 0;
     }
   }
 
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
-    using Turner = PixelTurner<T>;
     if (p.channels_last) return stage_channels(p, memory, warp);
     if constexpr (sizeof(T) == 2)
-      if (p.vector == 0) return stage_pixels<ShiftedSource<T, Slabs>, ShiftedTurner<T>>(p, memory, warp);
-    if (p.vector == 1)
-      stage_pixels<PixelSource<T, 1, Slabs>, Turner>(p, memory, warp);
-    else if (p.vector == 2)
-      stage_pixels<PixelSource<T, 2, Slabs>, Turner>(p, memory, warp);
-    else if (p.vector == 4)
-      stage_pixels<PixelSource<T, 4, Slabs>, Turner>(p, memory, warp);
-    else
-      stage_pixels<PixelSource<T, 16 / sizeof(T), Slabs>, Turner>(p, memory, warp);
+      if (p.pairs) return stage_pixels<2>(p, memory, warp);
+    stage_pixels<1>(p, memory, warp);
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has

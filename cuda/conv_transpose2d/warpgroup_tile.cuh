@@ -12,8 +12,7 @@ struct WarpgroupParams {
   const void* weight;   // packed (warpgroup_pack_weight.cu)
   int64 in_strides[4];  // n, c, h, w, in elements
   int64 out_strides[4];
-  int64 in_bytes;  // from the input's first element to behind its last
-  int tiles;       // less than 2^30
+  int tiles;  // less than 2^30
   int batch, groups;
   int depth, rows;                           // input and output channels of a group
   int in_size[2], in_step[2], in_origin[2];  // plane a of staged row r holds the input's row step * r + a + origin
@@ -26,7 +25,7 @@ struct WarpgroupParams {
   int passes;
   int parts, jobs;                   // a tile's passes times units are divided among `parts`, each `jobs` of them
   int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int vector;                        // otherwise: pixels that one copy may bring, 1, 2, 4 or 8; 0: see ShiftedSource
+  int pairs;                         // otherwise: whether 16-bit pixels can be loaded two at a time
   short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   short offset[kMaxSteps + 1];       // of each step, the pixels by which its tap is displaced in the tile; and one more

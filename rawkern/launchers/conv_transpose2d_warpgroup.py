@@ -22,8 +22,6 @@ _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
 _WEIGHT_STAGES = 4  # at least
 _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
-_RAW_DEPTH, _RAW_DEPTH_CHANNEL_MIN = 4, 2  # batches under way per stager warp
-_RAW_BYTES = 3 * (32 * _ROW_BYTES + 64)  # of the stagers' buffers, for each in turn
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
@@ -33,7 +31,6 @@ PARAMS = runtime.params(
     ("weight", "u8"),
     ("in_strides", "i8", 4),
     ("out_strides", "i8", 4),
-    ("in_bytes", "i8"),
     ("tiles", "i4"),
     ("batch", "i4"),
     ("groups", "i4"),
@@ -61,7 +58,7 @@ PARAMS = runtime.params(
     ("parts", "i4"),
     ("jobs", "i4"),
     ("channels_last", "i4"),
-    ("vector", "i4"),
+    ("pairs", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
     ("offset", "i2", (_MAX_STEPS + 1,)),
@@ -97,8 +94,7 @@ class Shape:
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
             ending += (_CONSUMER_WARPS + _CONSUMERS) * self.phases * self.pixels * 8
-        raw = _RAW_BYTES * (_RAW_DEPTH_CHANNEL_MIN if channel_min else _RAW_DEPTH)
-        return (_SHARED_BYTES - raw - ending - _BARRIER_BYTES) // 1024 * 1024
+        return (_SHARED_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
         return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
@@ -168,11 +164,6 @@ class Plan:
     packed_bytes: int
 
     @property
-    def whole_rows(self):
-        """Whether 32 neighbours in the order in which pixels are staged lie in one row."""
-        return self.fields["pitch"] * self.fields["in_step"][1] % 32 == 0
-
-    @property
     def slots(self):
         """Partial moments per channel of an image."""
         return self.row_tiles_per_image * self.fields["column_tiles"] * self.fields["passes"]
@@ -214,8 +205,8 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
 
 
 def _alignments(dtype):
-    """Multiples of pixels at which tiles may begin: of as many as one copy of at most 16 bytes brings."""
-    return [2**i for i in range((16 // dtype.itemsize).bit_length())]
+    """Multiples of pixels at which tiles may begin: 16-bit pixels are loaded in pairs where these are aligned."""
+    return (1, 2) if dtype.itemsize == 2 else (1,)
 
 
 def is_faster(plan, other, device):
@@ -382,7 +373,7 @@ class _Work:
         multiply = self.steps * slices * shape.pixels / 2 * units + 100 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         batches = -(-staged_pixels // (_STAGERS * 32))
-        staging = stagings * self.slabs * (batches * self._batch_cycles(pitch) + 200)
+        staging = stagings * self.slabs * (batches * self._batch_cycles() + 200)
         staging = max(staging, stagings * staged_pixels * slices * 32 / 20 * (1 + 24 / row_bytes))
         weights = self.steps * units * self.slabs * _WEIGHT_BYTES / min(24, (weight_stages - 2) * _WEIGHT_BYTES / 1100)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
@@ -391,12 +382,9 @@ class _Work:
         tile = max(together) + sum(together) / 10  # they are in each other's way, in shared memory above all
         return -(-tiles // self.groups_per_tile * parts // self.processors) * tile
 
-    def _batch_cycles(self, pitch):
+    def _batch_cycles(self):
         """Of a stager warp, for 32 pixels of a slab."""
-        if self.align * self.dtype.itemsize >= 4:
-            return 450 + 10 * self.slab // self.align
-        whole_rows = pitch * self.axes[1].in_step % 32 == 0
-        return 1050 if whole_rows else 3000  # two bytes at a time
+        return 500 if self.dtype.itemsize == 4 else 400 if self.align == 2 else 900
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -544,8 +532,7 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         out_strides=out_strides,
         tiles=plan.tiles,
         channels_last=_channels_last(plan, gathered, strides),
-        vector=pixels_per_copy(plan, gathered, strides),
-        in_bytes=_extent(gathered, strides) * gathered.itemsize,
+        pairs=has_pairs(plan, gathered, strides),
     )
     kernel.launch(
         queue,
@@ -562,24 +549,14 @@ def _channels_last(plan, array, strides):
     return strides[1] == 1 and aligned and all(stride % unit == 0 for stride in (strides[0], *strides[2:]))
 
 
-def pixels_per_copy(plan, array, strides):
-    """How warpgroup_staging.cuh copies rows: the pixels that one copy of at most 16 bytes may bring, aligned in every
-    row, image and tile, and either all inside the image or all outside; 0 if rows come with what surrounds them."""
-    if strides[3] != 1:
-        return 1
+def has_pairs(plan, array, strides):
+    """Whether 16-bit pixels can be loaded in pairs: aligned in every row, image and tile, and both inside the image or
+    both outside."""
     fields = plan.fields
-    bits = strides[0] | strides[1] | strides[2] | fields["in_size"][1] | fields["in_origin"][1]
-    bits |= runtime.pointer(array) // array.itemsize | 16 // array.itemsize
+    numbers = [*strides[:3], fields["in_size"][1], fields["in_origin"][1], runtime.pointer(array) // 2]
     if fields["column_tiles"] > 1:
-        bits |= fields["tile_columns"] * fields["in_step"][1]
-    vector = bits & -bits
-    shifted = vector == 1 and array.itemsize == 2 and plan.whole_rows
-    return 0 if shifted and runtime.pointer(array) % 16 == 0 and min(strides) >= 0 else vector
-
-
-def _extent(array, strides):
-    """Elements from the first to behind the last, for strides that are not negative."""
-    return sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True)) + 1
+        numbers.append(fields["tile_columns"] * fields["in_step"][1])
+    return array.itemsize == 2 and strides[3] == 1 and all(number % 2 == 0 for number in numbers)
 
 
 def _pack(queue, plan, weight):
