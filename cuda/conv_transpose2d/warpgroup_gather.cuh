@@ -56,6 +56,7 @@ struct WarpgroupGather {
   static constexpr int kMinBlocks = 1;
   static constexpr int kRows = 64;
   static constexpr int kSlab = kSwizzledRow / sizeof(T);
+  static constexpr int kRawDepth = 3;
   static constexpr int kWeightBytes = kRows * kSwizzledRow;
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   // What the warpgroups hold together is what the block was launched with, or they wait for registers for ever.
@@ -71,6 +72,7 @@ struct WarpgroupGather {
 
   struct alignas(1024) Memory {
     unsigned char pool[kPoolBytes];
+    RawRows<T> raw[kStagerWarps][kRawDepth];
     typename Ending::template Storage<WarpgroupGather> ending;
     Mbarrier stage_full[kMaxStages], weight_full[kMaxWeightStages];
     Mbarrier empty[kMaxStages + kMaxWeightStages];  // of stages, then of weights
@@ -248,14 +250,43 @@ struct WarpgroupGather {
     }
   }
 
-  template <int kTogether>
+  // kRawDepth batches of 32 pixels are under way, which may belong to later slabs, while one is turned around.
   __device__ static void stage_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
-    PixelStager<T, kTogether, Slabs> stager(p, warp, kStagerWarps);
+    RawRows<T>* raw = memory.raw[warp];
+    PixelSource<T, Slabs> source(p, warp, kStagerWarps);
+    PixelTurner<T> turner(p);
+    int first = warp * kWarp, count = turner.count(), slot = 0, slab = 0;
+    Ring ring;
+#pragma unroll 1
+    for (int i = 0; i < kRawDepth - 1; ++i) {
+      source.start(raw[i]);
+      async_commit();
+    }
+    for (int64 left = source.slabs.count(); left > 0; --left) {
+      unsigned char* stage = wait_for_stage(p, memory, ring);
+      int units = units_of(p, slab);
+#pragma unroll 1
+      for (int batch = first; batch < count; batch += kStagerWarps * kWarp) {
+        int free = slot == 0 ? kRawDepth - 1 : slot - 1;
+        source.start(raw[free]);
+        async_commit();
+        async_wait<kRawDepth - 1>();
+        __syncwarp();
+        turner.turn(raw[slot], stage, batch, units);
+        __syncwarp();
+        slot = slot == kRawDepth - 1 ? 0 : slot + 1;
+      }
+      give_stage(p, memory, ring);
+      if (++slab == p.slabs) slab = 0;
+    }
+  }
+
+  __device__ static void stage_single_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
+    SinglePixels<T, Slabs> pixels(p, warp, kStagerWarps);
     Ring ring;
     int slab = 0;
-#pragma unroll 1
-    for (int64 left = Slabs(p).count(); left > 0; --left) {
-      stager.stage(wait_for_stage(p, memory, ring), units_of(p, slab));
+    for (int64 left = pixels.slabs.count(); left > 0; --left) {
+      pixels.stage(wait_for_stage(p, memory, ring), units_of(p, slab));
       give_stage(p, memory, ring);
       if (++slab == p.slabs) slab = 0;
     }
@@ -264,8 +295,8 @@ struct WarpgroupGather {
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
     if (p.channels_last) return stage_channels(p, memory, warp);
     if constexpr (sizeof(T) == 2)
-      if (p.pairs) return stage_pixels<2>(p, memory, warp);
-    stage_pixels<1>(p, memory, warp);
+      if (p.vector == 1) return stage_single_pixels(p, memory, warp);
+    stage_pixels(p, memory, warp);
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has

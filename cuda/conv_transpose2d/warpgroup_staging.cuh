@@ -5,6 +5,7 @@
 // use anything, and positions are carried along instead of divided out.
 #pragma once
 #include "async_copy.cuh"
+#include "load_matrices.cuh"
 #include "opaque.cuh"
 #include "warpgroup_tile.cuh"
 #include "wgmma.cuh"
@@ -73,33 +74,181 @@ struct alignas(kCount * sizeof(T)) Vector {
   T values[kCount];
 };
 
-// Channels apart, pixels neighbours (NCHW, and any other strides). A lane has one pixel (or two, in 16 bits, where the
-// host has seen that pairs are aligned and lie inside the image whole or not at all) and takes its channels 32 at a
-// time, in two groups of 16: it loads a group, rounds it and stores 16 bytes of a pixel's channels at once. No copy
-// through shared memory, which the tensor cores keep busy. While one group is rounded and stored the other one is under
-// way, and then the same group of the next 32 channels or pixels, which may belong to the next slab or tile.
-template <class T, int kPixels, class Slabs>
-struct PixelStager {
+// Channels of 32 pixels, row by row as they lie in memory, in units of 16 bytes. Where a unit is found depends on the
+// channel, so that the rows that load_matrices() reads together lie in different banks.
+template <class T>
+struct alignas(128) RawRows {
+  static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kRowUnits = kWarp / kUnit;
+  T at[kSlab * kWarp];
+  __device__ static int place(int channel, int unit) {
+    return channel * kWarp + (unit ^ channel / kUnit % kRowUnits) * kUnit;
+  }
+};
+
+// Channels apart, pixels neighbours (NCHW; float of any strides), first half of the way: asynchronous copies of
+// p.vector pixels each bring a batch of 32 pixels, slab after slab as `Slabs` has them, past the registers. The host
+// sees to it that copies are of 4, 8 or 16 bytes, aligned, and that their pixels are all inside or all outside the
+// image.
+template <class T, class Slabs>
+struct PixelSource {
+  static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kLeast = 4 / sizeof(T);
+
+  Slabs slabs;
+  int pixel, channel;  // of the batch and slab, that this lane copies first
+  PixelWalk walk;
+  const T* base;  // the slab's channel of that number
+  int channels;   // from there on
+
+  __device__ PixelSource(const WarpgroupParams& p, int warp, int warps)
+      : slabs(p),
+        pixel(threadIdx.x % kWarp * p.vector % kWarp),
+        channel(threadIdx.x % kWarp * p.vector / kWarp),
+        walk(p, warp * kWarp + pixel, warps * kWarp) {
+    enter_slab();
+  }
+
+  __device__ void enter_slab() {
+    const WarpgroupParams& p = walk.p;
+    base = static_cast<const T*>(p.input) + (slabs.first_channel() + channel) * p.in_strides[1];
+    channels = slabs.channels() - channel;
+  }
+
+  // Begins to copy the next batch. When there are no more, the tile lies below the last image, and zeros are written.
+  __device__ void start(RawRows<T>& raw) {
+    const WarpgroupParams& p = walk.p;
+    int64 offset;
+    int column;
+    bool inside = walk.locate(slabs.at, offset, column) && unsigned(column) < unsigned(p.in_size[1]);
+    if (p.vector == kLeast)
+      copy<kLeast>(raw, base + offset, inside);
+    else if (p.vector == 2 * kLeast)
+      copy<2 * kLeast>(raw, base + offset, inside);
+    else
+      copy<4 * kLeast>(raw, base + offset, inside);
+    walk.advance();
+    if (walk.index - pixel < walk.count()) return;
+    walk.restart();
+    slabs.advance();
+    enter_slab();
+  }
+
+  template <int kVector>
+  __device__ void copy(RawRows<T>& raw, const T* source, bool inside) const {
+    if (slabs.channels() >= kSlab)
+      copy<kVector, true>(raw, source, inside);
+    else
+      copy<kVector, false>(raw, source, inside);
+  }
+
+  // kWhole: all channels of the slab exist.
+  template <int kVector, bool kWhole>
+  __device__ void copy(RawRows<T>& raw, const T* source, bool inside) const {
+    const int64 step = kVector * walk.p.in_strides[1];
+    T* to = raw.at + channel * kWarp + pixel % kUnit;
+#pragma unroll
+    for (int c = 0; c < kSlab; c += kVector) {
+      // A copy's channels share a unit, so c alone says where theirs are found.
+      async_copy_or_zero(reinterpret_cast<Vector<T, kVector>*>(to + RawRows<T>::place(c, pixel / kUnit)),
+                         reinterpret_cast<const Vector<T, kVector>*>(source), inside && (kWhole || c < channels));
+      source += step;
+    }
+  }
+};
+
+// The second half: the batch is read by load_matrices(), which hands every lane four channels of a pixel (float), or
+// eight (16 bits), as they belong together in the stage: one unit of 16 bytes.
+template <class T>
+struct PixelTurner : StagedPixels {
+  static constexpr int kUnits = kSwizzledRow / 16;
+
+  __device__ explicit PixelTurner(const WarpgroupParams& p) : StagedPixels(p) {}
+
+  // Where the batch's pixels go in the stage: one after the other, or a lane knows it of its pixel, -1 for none.
+  enum class Places { kInOrder, kKnown, kSome };
+
+  // Units beyond `units` are not multiplied.
+  __device__ void turn(const RawRows<T>& raw, unsigned char* stage, int batch, int units) const {
+    int index = batch + threadIdx.x % kWarp, own = index < count() ? place(index) : -1;
+    if (batch + kWarp > count())
+      turn_as<Places::kSome>(raw, stage, own, units, T{});
+    else if (p.in_step[0] * p.in_step[1] > 1)
+      turn_as<Places::kKnown>(raw, stage, own, units, T{});
+    else
+      turn_as<Places::kInOrder>(raw, stage + batch * kSwizzledRow, own, units, T{});
+  }
+
+  // Stores a unit of pixel `pixel` of the batch; `own` is this lane's pixel's place.
+  template <Places kPlaces>
+  __device__ static void store(unsigned char* stage, int own, int pixel, int unit, const Unit& values) {
+    int to = kPlaces == Places::kInOrder ? pixel : __shfl_sync(kFullMask, own, pixel);
+    if (kPlaces != Places::kSome || to >= 0) unit_at(stage, to, unit) = values;
+  }
+
+  // float: matrix j has channel 4 u + j of unit u in one of its rows, and four pixels. Rows 0, 1, 2, ... are of units
+  // 0, 4, 1, 5, ...: eight lanes that store together have two units of four pixels, in different banks.
+  __device__ static int unit_of(int row) { return row % 2 * 4 + row / 2; }
+  template <Places kPlaces>
+  __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int, float) const {
+    constexpr int kGroups = kWarp / 4, kTogether = kGroups / 2;  // more would take too many registers
+    int lane = threadIdx.x % kWarp, channel = 4 * unit_of(lane % 8) + lane / 8, unit = unit_of(lane / 4);
+#pragma unroll
+    for (int first = 0; first < kGroups; first += kTogether) {
+      unsigned words[kTogether][4];
+#pragma unroll
+      for (int g = 0; g < kTogether; ++g) load_matrices(words[g], raw.at + raw.place(channel, first + g));
+#pragma unroll
+      for (int g = 0; g < kTogether; ++g) {
+        Unit values;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values.words[i] = tf32_operand(__uint_as_float(words[g][i]));
+        store<kPlaces>(stage, own, 4 * (first + g) + lane % 4, unit, values);
+      }
+    }
+  }
+
+  // 16 bits: matrix j has channels 8 u + 2 j and 8 u + 2 j + 1 of unit u in two of its rows, and eight pixels.
+  template <Places kPlaces, class Element>
+  __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int units, Element) const {
+    constexpr int kGroups = kWarp / 8, kTogether = kUnits / 2;
+    int lane = threadIdx.x % kWarp, channel = lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
+#pragma unroll
+    for (int first = 0; first < kUnits; first += kTogether) {
+      if (first >= units) break;
+      unsigned words[kGroups][4];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) load_matrices_transposed(words[g], raw.at + raw.place(first * 8 + channel, g));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        store<kPlaces>(stage, own, 8 * g + lane / 4, first + lane % 4,
+                       Unit{{words[g][0], words[g][1], words[g][2], words[g][3]}});
+    }
+  }
+};
+
+// Both halves for 16-bit pixels that nothing could copy two at a time: rows that begin anywhere, strides. A lane takes
+// the channels of its pixel 32 at a time, in two groups of 16: it loads a group and stores 16 bytes at once. While one
+// group is stored the other one is under way, and then the same group of the next 32 channels or pixels, which may
+// belong to the next slab or tile.
+template <class T, class Slabs>
+struct SinglePixels {
   static constexpr int kUnit = 16 / sizeof(T), kGroup = 16, kGroupUnits = kGroup / kUnit, kTurnUnits = 2 * kGroupUnits;
-  static constexpr int kBatch = kWarp * kPixels;
-  using Loaded = Vector<T, kPixels>;
 
   Slabs slabs;  // of what is loaded next
   PixelWalk walk;
   int unit;            // its first, in the slab
-  const char* source;  // its first channel, of this lane's pixels
+  const char* source;  // its first channel, of this lane's pixel
   int64 channel_step;  // bytes
   bool inside;
-  Loaded group[2][kGroup];
+  T group[2][kGroup];
 
-  __device__ PixelStager(const WarpgroupParams& p, int warp, int warps)
-      : slabs(p), walk(p, warp * kBatch + pixel(), warps * kBatch), channel_step(p.in_strides[1] * int64(sizeof(T))) {
+  __device__ SinglePixels(const WarpgroupParams& p, int warp, int warps)
+      : slabs(p),
+        walk(p, warp * kWarp + threadIdx.x % kWarp, warps * kWarp),
+        channel_step(p.in_strides[1] * int64(sizeof(T))) {
     locate();
     load(group[0], 0);
     load(group[1], 1);
   }
-
-  __device__ static int pixel() { return threadIdx.x % kWarp * kPixels; }
 
   // Finds the pixels that the walk is at. When there are no more, the tile lies below the last image, and all are
   // zeros.
@@ -116,7 +265,7 @@ struct PixelStager {
     unit += kTurnUnits;
     if (unit < slabs.stage_units()) return;
     walk.advance();
-    if (walk.index - pixel() >= walk.count()) {
+    if (walk.index - int(threadIdx.x % kWarp) >= walk.count()) {
       walk.restart();
       slabs.advance();
     }
@@ -124,7 +273,7 @@ struct PixelStager {
   }
 
   // Group `which` of the two, of the 32 channels that are next.
-  __device__ void load(Loaded (&values)[kGroup], int which) {
+  __device__ void load(T (&values)[kGroup], int which) {
     int left = slabs.channels() - unit * kUnit - which * kGroup;
     if (left >= kGroup)
       load<true>(values, left);
@@ -132,10 +281,10 @@ struct PixelStager {
       load<false>(values, left);
   }
   template <bool kWhole>
-  __device__ void load(Loaded (&values)[kGroup], int left) {
+  __device__ void load(T (&values)[kGroup], int left) {
 #pragma unroll
     for (int c = 0; c < kGroup; ++c) {
-      values[c] = inside && (kWhole || c < left) ? *reinterpret_cast<const Loaded*>(source) : Loaded{};
+      values[c] = inside && (kWhole || c < left) ? *reinterpret_cast<const T*>(source) : T{};
       source += opaque(channel_step);  // a sum, not a product
     }
   }
@@ -143,71 +292,30 @@ struct PixelStager {
   // Stages this warp's pixels of a slab, of which the first `units` units are multiplied.
   __device__ void stage(unsigned char* to, int units) {
 #pragma unroll 1
-    for (int batch = walk.first; batch - pixel() < walk.count(); batch += walk.by) {
-      int place[kPixels];
-#pragma unroll
-      for (int i = 0; i < kPixels; ++i) place[i] = batch < walk.count() ? walk.place(batch + i) : -1;
+    for (int index = walk.first; index - int(threadIdx.x % kWarp) < walk.count(); index += walk.by) {
+      int place = index < walk.count() ? walk.place(index) : -1;
 #pragma unroll 1
       for (int first = 0; first < units; first += kTurnUnits) {
         advance();
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-          store(group[which], to, place, first + which * kGroupUnits);
+          if (place >= 0) store(group[which], to, place, first + which * kGroupUnits);
           load(group[which], which);
         }
       }
     }
   }
 
-  __device__ static void store(const Loaded (&values)[kGroup], unsigned char* to, const int (&place)[kPixels],
-                               int first) {
-    store_as(values, to, place, first, T{});
-  }
-
-  __device__ static void store_as(const Loaded (&values)[kGroup], unsigned char* to, const int (&place)[1], int first,
-                                  float) {
-    Unit units[kGroupUnits];
-#pragma unroll
-    for (int c = 0; c < kGroup; ++c) units[c / 4].words[c % 4] = tf32_operand(values[c].values[0]);
-    if (place[0] < 0) return;
-#pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) unit_at(to, place[0], first + u) = units[u];
-  }
-
-  template <class Element>
-  __device__ static void store_as(const Loaded (&values)[kGroup], unsigned char* to, const int (&place)[1], int first,
-                                  Element) {
-    if (place[0] < 0) return;
+  __device__ static void store(const T (&values)[kGroup], unsigned char* to, int place, int first) {
 #pragma unroll
     for (int u = 0; u < kGroupUnits; ++u) {
       Unit unit;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        unit.words[i] = values[u * kUnit + 2 * i].values[0].bits | values[u * kUnit + 2 * i + 1].values[0].bits << 16;
-      unit_at(to, place[0], first + u) = unit;
+        unit.words[i] = unsigned(values[u * kUnit + 2 * i].bits) | unsigned(values[u * kUnit + 2 * i + 1].bits) << 16;
+      unit_at(to, place, first + u) = unit;
     }
   }
-
-  // Of eight lanes that store together, four begin with the one pixel and four with the other: they meet all banks.
-  template <class Element>
-  __device__ static void store_as(const Loaded (&values)[kGroup], unsigned char* to, const int (&place)[2], int first,
-                                  Element) {
-    bool swap = threadIdx.x / 4 % 2;
-    if (place[0] < 0) return;
-#pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        bool second = odd != swap;
-        Unit unit;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          unit.words[i] = __byte_perm(word_of(values[u * kUnit + 2 * i]), word_of(values[u * kUnit + 2 * i + 1]),
-                                      second ? 0x7632 : 0x5410);
-        unit_at(to, second ? place[1] : place[0], first + u) = unit;
-      }
-  }
-  __device__ static unsigned word_of(const Loaded& pair) { return pair.values[0].bits | pair.values[1].bits << 16; }
 };
 
 // Channels neighbours, in units of 16 bytes: they are copied to where they belong, and float is rounded there. A warp

@@ -25,7 +25,7 @@ struct WarpgroupParams {
   int passes;
   int parts, jobs;                   // a tile's passes times units are divided among `parts`, each `jobs` of them
   int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int pairs;                         // otherwise: whether 16-bit pixels can be loaded two at a time
+  int vector;                        // otherwise: pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
   short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   short offset[kMaxSteps + 1];       // of each step, the pixels by which its tap is displaced in the tile; and one more

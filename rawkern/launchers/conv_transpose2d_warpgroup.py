@@ -22,6 +22,7 @@ _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
 _WEIGHT_STAGES = 4  # at least
 _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
+_RAW_BYTES = 3 * 3 * 32 * _ROW_BYTES  # of the stagers' buffers
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
@@ -58,7 +59,7 @@ PARAMS = runtime.params(
     ("parts", "i4"),
     ("jobs", "i4"),
     ("channels_last", "i4"),
-    ("pairs", "i4"),
+    ("vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
     ("offset", "i2", (_MAX_STEPS + 1,)),
@@ -94,7 +95,7 @@ class Shape:
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
             ending += (_CONSUMER_WARPS + _CONSUMERS) * self.phases * self.pixels * 8
-        return (_SHARED_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
+        return (_SHARED_BYTES - _RAW_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
         return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
@@ -205,8 +206,8 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
 
 
 def _alignments(dtype):
-    """Multiples of pixels at which tiles may begin: 16-bit pixels are loaded in pairs where these are aligned."""
-    return (1, 2) if dtype.itemsize == 2 else (1,)
+    """Multiples of pixels at which tiles may begin: of as many as one copy of at most 16 bytes brings."""
+    return [2**i for i in range((16 // dtype.itemsize).bit_length())]
 
 
 def is_faster(plan, other, device):
@@ -384,7 +385,8 @@ class _Work:
 
     def _batch_cycles(self):
         """Of a stager warp, for 32 pixels of a slab."""
-        return 500 if self.dtype.itemsize == 4 else 400 if self.align == 2 else 900
+        vector_bytes = self.align * self.dtype.itemsize
+        return 400 + 1600 // vector_bytes if vector_bytes >= 4 else 2400
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -532,7 +534,7 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         out_strides=out_strides,
         tiles=plan.tiles,
         channels_last=_channels_last(plan, gathered, strides),
-        pairs=has_pairs(plan, gathered, strides),
+        vector=pixels_per_copy(plan, gathered, strides),
     )
     kernel.launch(
         queue,
@@ -549,14 +551,17 @@ def _channels_last(plan, array, strides):
     return strides[1] == 1 and aligned and all(stride % unit == 0 for stride in (strides[0], *strides[2:]))
 
 
-def has_pairs(plan, array, strides):
-    """Whether 16-bit pixels can be loaded in pairs: aligned in every row, image and tile, and both inside the image or
-    both outside."""
+def pixels_per_copy(plan, array, strides):
+    """The pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either all
+    inside the image or all outside."""
+    if strides[3] != 1:
+        return 1
     fields = plan.fields
-    numbers = [*strides[:3], fields["in_size"][1], fields["in_origin"][1], runtime.pointer(array) // 2]
+    bits = strides[0] | strides[1] | strides[2] | fields["in_size"][1] | fields["in_origin"][1]
+    bits |= runtime.pointer(array) // array.itemsize | 16 // array.itemsize
     if fields["column_tiles"] > 1:
-        numbers.append(fields["tile_columns"] * fields["in_step"][1])
-    return array.itemsize == 2 and strides[3] == 1 and all(number % 2 == 0 for number in numbers)
+        bits |= fields["tile_columns"] * fields["in_step"][1]
+    return bits & -bits
 
 
 def _pack(queue, plan, weight):
