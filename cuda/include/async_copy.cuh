@@ -1,9 +1,9 @@
 // Asynchronous copies from global to shared memory (cp.async, sm_80 and later).
 //
 // Sixteen bytes at a time, past the registers and the L1 cache; both addresses aligned to 16 bytes. Or four, eight or
-// sixteen bytes, aligned to their size, or zeros in their place or in that of the last of them. A copy is visible to
-// the thread that issued it after async_wait_all(), to others after the barrier that follows. async_commit() closes a
-// group of copies, and async_wait<n>() waits until at most n groups are under way.
+// sixteen bytes, aligned to their size, or zeros in their place. A copy is visible to the thread that issued it after
+// async_wait_all(), to others after the barrier that follows. async_commit() closes a group of copies, and
+// async_wait<n>() waits until at most n groups are under way.
 #pragma once
 #include "platform.cuh"
 
@@ -22,12 +22,6 @@ __device__ inline void async_copy_or_zero(T* shared_destination, const T* source
                "n"(sizeof(T)), "r"(exists ? unsigned(sizeof(T)) : 0u)
                : "memory");
 }
-// Copies the first `bytes` of 16 bytes, and zeros for the rest; only those need be readable.
-__device__ inline void async_copy_part(void* shared_destination, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_destination)), "l"(source),
-               "r"(bytes)
-               : "memory");
-}
 __device__ inline void async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -40,11 +34,6 @@ template <class T>
 inline void async_copy_or_zero(T* destination, const T* source, bool exists) {
   static const T zero{};
   emulator::async_copy(destination, exists ? source : &zero, int(sizeof(T)), RAWKERN_PLACE);
-}
-inline void async_copy_part(void* destination, const void* source, int bytes) {
-  static const char zeros[16] = {};
-  if (bytes) emulator::async_copy(destination, source, bytes, RAWKERN_PLACE);
-  if (bytes < 16) emulator::async_copy(static_cast<char*>(destination) + bytes, zeros, 16 - bytes, RAWKERN_PLACE);
 }
 inline void async_wait_all() { emulator::async_wait_all(); }
 inline void async_commit() { emulator::async_commit(); }
