@@ -357,7 +357,7 @@ struct ChunkStore {
     const Piece* from = reinterpret_cast<const Piece*>(&chunk.at[row()][column()]);
     const int64 step = kEach * p.out_strides[1];
     bool exists = walk.left() > 0;
-    if (exists && rows.count == kWarpRows) {
+    if (exists & (rows.count == kWarpRows)) {  // one branch, not two
 #pragma unroll
       for (int first = 0; first < kCount; first += kAtOnce) {
         Piece pieces[kAtOnce];
