@@ -8,11 +8,12 @@
 // in the output is counted up from the one before, without a division.
 //
 // A thread has two neighbouring base pixels in all phases of the pass: a run of 2, 4 or 8 outputs of a row. Where these
-// are neighbours in memory, aligned, and exist whole or not at all, they are stored straight from the registers, 8 or
-// 16 bytes at a time. Otherwise (odd widths, strides without such a pass, channels last, 16-bit types with a stride of
-// 1) chunks pass through a piece of shared memory of the warp's own, from where lanes run along the output as it lies
-// in memory. No warp waits for another; only the minimum over channels has to meet. The sums of the columns beyond the
-// tile are dropped.
+// are neighbours in memory, aligned, and exist whole or not at all (the host says so, WarpgroupParams::out_vector),
+// they are stored straight from the registers, 8 or 16 bytes at a time. Otherwise chunks pass through a piece of shared
+// memory of the warp's own, from where lanes run along rows of the output: with 16 bytes each where runs are shorter
+// than 8 (16-bit types, stride 1), with two neighbours where pairs are aligned (other even widths), else with one (odd
+// widths, strides without such a pass); or along channels, where these are the neighbours. No warp waits for another;
+// only the minimum over channels has to meet. The sums of the columns beyond the tile are dropped.
 #pragma once
 #include "chain.cuh"
 #include "moments.cuh"

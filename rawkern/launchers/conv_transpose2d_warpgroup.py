@@ -582,15 +582,15 @@ def pixels_per_copy(plan, array, strides):
 def outputs_per_store(plan, ending, strides):
     """How warpgroup_endings.cuh stores rows: the outputs that one store of at most 16 bytes may write, neighbours in
     memory, aligned in every row, image and tile, and all or none of them existing; 0 where channels are neighbours."""
-    fields, phases = plan.fields, plan.shape.phases
+    fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
     if plan.channel_min:
         return 1
     vector = 1
     if strides[3] == 1 and fields["out_step"][1] == phases:
-        bits = strides[0] | strides[1] | strides[2] | fields["out_size"][1] | 16 // plan.dtype.itemsize
+        bits = strides[0] | strides[1] | strides[2] | fields["out_size"][1]
+        bits |= (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
         if fields["column_tiles"] > 1:
             bits |= fields["tile_columns"] * phases
-        bits |= (ending["output"] | ending.get("saved", 0)) // plan.dtype.itemsize
         vector = bits & -bits
     return 0 if vector == 1 and strides[1] == 1 else vector
 
