@@ -191,6 +191,42 @@ def test_every_way_to_copy_rows_is_tried(dtype):
     assert ways == ({1, 2, 4} if dtype.itemsize == 4 else {1, 2, 4, 8})
 
 
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_every_way_to_store_rows(stride, dtype, kernel, monkeypatch):
+    """From the registers or by way of shared memory, by as many neighbours as are aligned: the right numbers, and
+    nothing besides them."""
+    ways = set()
+    choose = warpgroup.outputs_per_store
+
+    def outputs_per_store(*arguments):
+        ways.add(choose(*arguments))
+        return choose(*arguments)
+
+    monkeypatch.setattr(warpgroup, "outputs_per_store", outputs_per_store)
+    generator = np.random.default_rng(0)
+    x, w, b = (generator.integers(-2, 3, shape).astype(dtype) for shape in ((2, 9, 3, 40), (9, 21, 2, 4), (21,)))
+    x, w = (x, w[..., :3]) if stride == 1 else (x, w)
+    arguments = dict(stride=(2, stride), padding=(0, 1 if stride < 4 else 0))
+    expected = F.conv_transpose2d(*(torch.from_numpy(array).double() for array in (x, w, b)), **arguments).numpy()
+    size = expected.size
+    assert expected.shape[3] == 40 * stride and np.abs(expected).max() < 512
+    for first, channels_last in ((0, False), (4, False), (2, False), (1, False), (0, True)):
+        memories, outputs = [np.full(size + 16, 99, dtype) for _ in range(2)], []
+        for memory in memories:
+            part = memory[first : first + size]
+            if channels_last:
+                outputs.append(part.reshape(*expected.shape[:1], *expected.shape[2:], -1).transpose(0, 3, 1, 2))
+            else:
+                outputs.append(part.reshape(expected.shape))
+        out, saved = outputs
+        launchers.conv_transpose2d(x, w, b, **arguments, epilogue=(Add(0.5),), precision="tf32", out=out, saved=saved)
+        assert np.array_equal(out, expected + 0.5) and np.array_equal(saved, expected)
+        assert all((memory[:first] == 99).all() and (memory[first + size :] == 99).all() for memory in memories)
+    assert ways == ({0, 1, 2, 4} if dtype == "float32" else {0, 1, 2, 4, 8})
+
+
 @pytest.mark.parametrize("case", CASES | LARGER)
 def test_warpgroups_are_chosen(case):
     """By default, for all that they serve: otherwise the tests above would try other kernels.

@@ -8,11 +8,12 @@
 // in the output is counted up from the one before, without a division.
 //
 // A thread has two neighbouring base pixels in all phases of the pass: a run of 2, 4 or 8 outputs of a row. Where these
-// are neighbours in memory, aligned, and exist whole or not at all, they are stored straight from the registers, 8 or
-// 16 bytes at a time. Otherwise (odd widths, strides without such a pass, channels last, 16-bit types with a stride of
-// 1) chunks pass through a piece of shared memory of the warp's own, from where lanes run along the output as it lies
-// in memory. No warp waits for another; only the minimum over channels has to meet. The sums of the columns beyond the
-// tile are dropped.
+// are neighbours in memory, aligned, and exist whole or not at all (the host says so, WarpgroupParams::out_vector),
+// they are stored straight from the registers, 8 or 16 bytes at a time. Otherwise chunks pass through a piece of shared
+// memory of the warp's own, from where lanes run along rows of the output: with 16 bytes each where runs are shorter
+// than 8 (16-bit types, stride 1), with two neighbours where pairs are aligned (other even widths), else with one (odd
+// widths, strides without such a pass); or along channels, where these are the neighbours. No warp waits for another;
+// only the minimum over channels has to meet. The sums of the columns beyond the tile are dropped.
 #pragma once
 #include "chain.cuh"
 #include "moments.cuh"
@@ -64,7 +65,8 @@ struct Fragment {
 
   float value[2][kGroups][kRun];
 
-  // Chunk `chunk` of the sums, with their biases: a tree of branches, which all lanes take together.
+  // Chunk `chunk` of the sums, with their biases: a tree of branches, which all lanes take together. Biases are taken
+  // as they come there, or they would be added to all sums first, and those then be moved.
   template <int kFirst = 0, int kChunks = kCount>
   __device__ void take(const float (&sum)[kPhases][Gather::kPixels / 2], int chunk, const float (&bias)[2]) {
     if constexpr (kChunks > 1) {
@@ -73,13 +75,15 @@ struct Fragment {
       else
         take<kFirst + kChunks / 2, kChunks / 2>(sum, chunk, bias);
     } else {
+      float own_bias[2] = {bias[0], bias[1]};
+      pin(own_bias);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
 #pragma unroll
           for (int k = 0; k < kRun; ++k)
-            value[r][g][k] = sum[k % kPhases][(kFirst * kGroups + g) * 4 + r * 2 + k / kPhases] + bias[r];
+            value[r][g][k] = sum[k % kPhases][(kFirst * kGroups + g) * 4 + r * 2 + k / kPhases] + own_bias[r];
     }
   }
 
@@ -133,22 +137,18 @@ struct RoundedFragment {
   }
 };
 
-// A group of 8 base pixels: the place of the first one in its first phase, in elements, and how many exist
-// (any number below 1 if none does, above 8 if all).
-struct PixelGroup {
-  int64 place;
-  int left;
-};
-
-// Walks along a job's columns, group by group; a row of the tile is a whole number of them. The same for all lanes.
-// Places are those of one channel.
+// Walks along a job's columns, one channel's places in them: a lane at its own one. A row of the tile is a whole number
+// of groups of 8 pixels, so that lanes within a group change rows together. A step is a few additions; what has to be
+// found out about a row, if it exists and where it lies, is found out when the walk gets there.
 struct ColumnWalk {
   const WarpgroupParams& p;
-  int rows_left, row, image_rows;  // of the tile; and from here on in the image, and how many that one has
-  int column, limit, last_phases;  // of the tile, its pixels that exist, and the phases that exist of the last of these
-  int64 place;                     // of the row's first pixel
-  int64 next_row, next_image;      // from there to that of the next row, or, after an image's last row, the next image
+  int image_rows, limit, last_phases;  // what exists: rows of an image; of the tile's rows, the pixels; of their last
+                                       // one, the phases
+  int rows_left, row;                  // of the tile; and of the image, where they may lie beyond what exists
+  int column, end;                     // of the tile; and the first one of this row that does not exist
+  int64 place;
 
+  // At the tile's first column.
   __device__ ColumnWalk(const WarpgroupParams& p, const TilePlace& tile, const Job& job, int channel)
       : p(p), row(tile.row), column(0) {
     int first_h = p.phase[job.pass][0], first_w = p.phase[job.pass][1];
@@ -162,8 +162,7 @@ struct ColumnWalk {
     place = tile.image * p.out_strides[0] + channel * p.out_strides[1] +
             (p.out_step[0] * tile.row + first_h) * p.out_strides[2] +
             (p.out_step[1] * tile.column + first_w) * p.out_strides[3];
-    next_row = p.out_step[0] * p.out_strides[2];
-    next_image = p.out_strides[0] - (p.stack - 1) * next_row;
+    enter_row();
   }
 
   // How many outputs of a channel exist in a tile within one image, of a walk that has not begun.
@@ -172,28 +171,82 @@ struct ColumnWalk {
     return rows > 0 && limit > 0 ? rows * (limit * phases - (last_phases < phases ? phases - last_phases : 0)) : 0;
   }
 
+  // Whether the pixels of the last column have no such phase.
+  __device__ bool lacks(int phase) const { return phase > 0 && phase >= last_phases; }
+
+  // How many pixels exist from here to the end of the row: any number below 1 if none does.
+  __device__ int left() const { return end - column; }
+
   __device__ int64 pixel_stride() const { return p.out_step[1] * p.out_strides[3]; }
 
-  // Without branches, which take longer than what they would skip.
-  __device__ PixelGroup next() {
-    PixelGroup group{place + column * pixel_stride(), rows_left > 0 && row < image_rows ? limit - column : 0};
-    column += 8;
-    bool end_row = column >= p.pitch, end_image = end_row && row + 1 == p.stack;
-    column = end_row ? 0 : column;
-    row = end_image ? 0 : row + end_row;
-    rows_left -= end_row;
-    place += end_image ? next_image : end_row ? next_row : 0;
-    return group;
+  // Within the row, forwards or, before the walk begins, back.
+  __device__ void move(int pixels, int64 places) {
+    column += pixels;
+    place += places;
+  }
+  __device__ void move(int pixels) { move(pixels, pixels * pixel_stride()); }
+
+  // By `pixels`, which are `places` apart.
+  __device__ void advance(int pixels, int64 places) {
+    move(pixels, places);
+#pragma unroll 1
+    while (column >= p.pitch) next_row();
   }
 
-  // Whether a pixel of a group exists in a phase, and its place, -1 if not.
-  __device__ bool exists(const PixelGroup& group, int pixel, int phase) const {
-    return pixel < group.left - (phase > 0 && phase >= last_phases);
+  __device__ void next_row() {
+    move(-p.pitch);
+    place += p.out_step[0] * p.out_strides[2];
+    --rows_left;
+    if (++row == p.stack) {
+      row = 0;
+      place += p.out_strides[0] - p.stack * (p.out_step[0] * p.out_strides[2]);
+    }
+    enter_row();
   }
-  __device__ int64 place_in(const PixelGroup& group, int pixel, int phase) const {
-    int64 at = group.place + pixel * pixel_stride() + phase * p.out_strides[3];
-    return exists(group, pixel, phase) ? at : int64(-1);
+  __device__ void enter_row() { end = rows_left > 0 && row < image_rows ? limit : 0; }
+};
+
+// Goes along the columns of a thread's values, chunk by chunk.
+template <class Gather>
+struct FragmentWalk : ColumnWalk {
+  using Values = Fragment<Gather>;
+  static constexpr int kGroups = Values::kGroups;
+
+  // Before the first chunk.
+  __device__ FragmentWalk(const ColumnWalk& walk, const WarpRows& rows) : ColumnWalk(walk) {
+    move(Values::pixel_of(rows.lane, 0) - 8 * kGroups);
   }
+  // Places are right only where phases and pixels are neighbours.
+  __device__ void next_chunk() { advance(8 * kGroups, kWarp); }
+
+  // visit(group, pixels that exist from the thread's first one in it on, a place, the pixels from there to that one),
+  // group by group. Mostly all groups are in one row: then the place is the first group's.
+  template <class Visit>
+  __device__ void for_each(Visit visit) const {
+    if (kGroups == 1 || column + 8 * (kGroups - 1) < p.pitch) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) visit(g, left() - 8 * g, place, 8 * g);
+    } else {
+      ColumnWalk at = *this;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        visit(g, at.left(), at.place, 0);
+        at.advance(8, 8 * Gather::kPhases);
+      }
+    }
+  }
+};
+
+// Neighbours that are stored by one instruction.
+template <class T, int kCount, bool kWords = (kCount * sizeof(T) >= 4)>
+struct alignas(kCount * sizeof(T)) StorePiece {
+  unsigned words[kCount * sizeof(T) / 4];
+  __device__ void store(T* to) const { store_words(to, words); }
+};
+template <class T, int kCount>
+struct StorePiece<T, kCount, false> {
+  T value;
+  __device__ void store(T* to) const { *to = value; }
 };
 
 // A chunk in shared memory, as it lies in the output: phases interleaved. Rows are 8 values longer, so that most
@@ -215,76 +268,114 @@ struct alignas(16) Chunk {
   }
 };
 
-// How a warp stores chunks in tensors of the output's shape and strides: from the registers (kRuns) or through shared
-// memory.
-template <class T, class Gather, bool kRuns>
+// How a warp stores chunks in tensors of the output's shape and strides, in one of three ways, which differ in how many
+// neighbours one instruction stores (WarpgroupParams::out_vector tells how many it may). Straight from the registers:
+// a thread's run, or 16 bytes of it; of 8 bytes at least, since four lanes share a row, and memory is written in
+// sectors of 32 bytes.
+template <class T, class Gather>
+struct RunStore {
+  using Rounded = RoundedFragment<T, Gather>;
+  static constexpr int kVector = Rounded::kWords * 4 / sizeof(T);
+  static constexpr bool kPossible = kVector * sizeof(T) >= 8, kThroughMemory = false;
+
+  const WarpgroupParams& p;
+  const WarpRows& rows;
+  FragmentWalk<Gather> walk;
+
+  __device__ RunStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>&, const ColumnWalk& walk)
+      : p(p), rows(rows), walk(walk, rows) {
+    this->walk.place += rows.of_thread(0) * p.out_strides[1];
+  }
+
+  // To the next chunk, at first to the first one.
+  __device__ void advance() { walk.next_chunk(); }
+
+  __device__ void store(void* tensor, const Rounded& fragment) const {
+    T* row[2];
+    walk.for_each([&](int g, int left, int64 place, int pixels) {
+      // Opaque, or addresses would be computed from the tensor's anew under the condition of every store.
+      if (pixels == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) row[r] = opaque(static_cast<T*>(tensor) + (place + r * 8 * p.out_strides[1]));
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        fragment.for_each_piece(r, g, [&](int k, const typename Rounded::Words& words) {
+          if (rows.has(r) && k / Gather::kPhases < left)
+            store_words(row[r] + (pixels * Gather::kPhases + k), words.values);
+        });
+    });
+  }
+};
+
+// Through shared memory, from where lanes run along rows of the chunk, kVector neighbours each. 0: wherever outputs
+// lie, one by one.
+template <class T, class Gather, int kVector>
 struct ChunkStore {
-  using Values = Fragment<Gather>;
-  static constexpr int kGroups = Values::kGroups;
+  static constexpr bool kThroughMemory = true;
+  static constexpr int kPhases = Gather::kPhases, kPixels = kWarp / kPhases;  // of a chunk
+  static constexpr int kEach = kVector > 0 ? kVector : 1;
 
   const WarpgroupParams& p;
   const WarpRows& rows;
   Chunk<T>& chunk;
-  ColumnWalk walk;
-  PixelGroup groups[kGroups];  // of the current chunk
-  int64 place;                 // of this lane's channels and pixel in a group, or of its column of the chunk, if any
+  ColumnWalk walk;  // of this lane's first output of the chunk
+  int64 place;      // of this one, -1 if it does not exist
 
   __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
       : p(p), rows(rows), chunk(chunk), walk(walk) {
-    if (kRuns) place = rows.of_thread(0) * p.out_strides[1] + Values::pixel_of(rows.lane, 0) * Gather::kPhases;
+    int phase = column() % kPhases;
+    this->walk.place += row() * p.out_strides[1] + phase * p.out_strides[3];
+    this->walk.limit -= walk.lacks(phase);
+    this->walk.move(column() / kPhases - kPixels);
+    this->walk.enter_row();
   }
+
+  // The first of the chunk's rows that a lane stores, and its column there.
+  __device__ int row() const { return rows.lane * kEach / kWarp; }
+  __device__ int column() const { return rows.lane * kEach % kWarp; }
 
   // To the next chunk, at first to the first one.
   __device__ void advance() {
-    int pixel = rows.lane / Gather::kPhases, phase = rows.lane % Gather::kPhases;
-    PixelGroup own;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      groups[g] = walk.next();
-      if (g == 0 || pixel / 8 == g) own = groups[g];
-    }
-    if (!kRuns) place = walk.place_in(own, pixel % 8, phase);
+    walk.advance(kPixels, kVector > 0 ? int64(kWarp) : kPixels * walk.pixel_stride());
+    place = walk.left() > 0 ? walk.place : int64(-1);
   }
 
   __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
-    if constexpr (kRuns)
-      store_runs(static_cast<T*>(tensor), fragment);
-    else
-      store_through(static_cast<T*>(tensor), fragment);
-  }
-
-  __device__ void store_runs(T* tensor, const RoundedFragment<T, Gather>& fragment) const {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (rows.has(r) && Values::pixel_of(rows.lane, 0) < groups[g].left)
-          fragment.for_each_piece(r, g, [&](int k, const typename RoundedFragment<T, Gather>::Words& words) {
-            store_words(tensor + (place + groups[g].place) + r * 8 * p.out_strides[1] + k, words.values);
-          });
-  }
-
-  __device__ void store_through(T* tensor, const RoundedFragment<T, Gather>& fragment) const {
     chunk.fill(fragment, rows);
     __syncwarp();
-    if (p.out_strides[1] == 1)
-      store_by_channel(tensor);
-    else if (place >= 0)
-      store_by_pixel(tensor + place);
+    if (kVector == 0 && p.out_vector == 0)
+      store_by_channel(static_cast<T*>(tensor));
+    else
+      store_by_row(static_cast<T*>(tensor) + walk.place);
     __syncwarp();
   }
 
-  // A lane stores its column, channel by channel.
-  __device__ void store_by_pixel(T* to) const {
+  __device__ void store_by_row(T* to) const {
+    using Piece = StorePiece<T, kEach>;
+    constexpr int kApart = sizeof(chunk.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
+    constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
+    const Piece* from = reinterpret_cast<const Piece*>(&chunk.at[row()][column()]);
+    const int64 step = kEach * p.out_strides[1];
+    bool exists = walk.left() > 0;
+    if (exists & (rows.count == kWarpRows)) {  // one branch, not two
+#pragma unroll
+      for (int first = 0; first < kCount; first += kAtOnce) {
+        Piece pieces[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) pieces[i] = from[(first + i) * kApart];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          pieces[i].store(to);
+          to += step;
+        }
+      }
+    } else if (exists) {
 #pragma unroll 1
-    for (int first = 0; first < rows.count; first += kTogether) {
-      T values[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) values[i] = chunk.at[first + i][rows.lane];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (first + i < rows.count) *to = values[i];
-        to += p.out_strides[1];
+      for (int i = row(); i < rows.count; i += kEach) {
+        from->store(to);
+        from += kApart;
+        to += step;
       }
     }
   }
@@ -306,16 +397,26 @@ struct ChunkStore {
   }
 };
 
-// Whether all runs are neighbours in memory, aligned, and exist whole or not at all. Of 8 bytes at least: four lanes
-// share a row, and memory is written in sectors of 32 bytes.
+template <bool kFirst, class First, class Second>
+struct Select {
+  using type = First;
+};
+template <class First, class Second>
+struct Select<false, First, Second> {
+  using type = Second;
+};
+
+// The three ways. Where runs are too short the first one is 16 bytes of a row that several threads have.
 template <class T, class Gather>
-__device__ bool has_runs(const WarpgroupParams& p, const void* tensor) {
-  constexpr int kRun = Fragment<Gather>::kRun, kBytes = kRun * sizeof(T), kAligned = kBytes < 16 ? kBytes : 16;
-  if (kBytes < 8) return false;
-  int64 strides = p.out_strides[0] | p.out_strides[1] | p.out_strides[2];
-  return p.out_strides[3] == 1 && p.out_step[1] == Gather::kPhases && p.out_size[1] % kRun == 0 &&
-         p.tile_columns % 2 == 0 && int(strides * sizeof(T) | reinterpret_cast<uint64>(tensor)) % kAligned == 0;
-}
+struct Stores {
+  using Wide =
+      typename Select<RunStore<T, Gather>::kPossible, RunStore<T, Gather>, ChunkStore<T, Gather, 16 / sizeof(T)>>::type;
+  using Pairs = ChunkStore<T, Gather, 2>;
+  using Single = ChunkStore<T, Gather, 0>;
+  static constexpr int kWide = RunStore<T, Gather>::kPossible ? RunStore<T, Gather>::kVector : 16 / sizeof(T);
+  __device__ static bool wide(const WarpgroupParams& p) { return p.out_vector >= kWide; }
+  __device__ static bool pairs(const WarpgroupParams& p) { return kWide > 2 && p.out_vector >= 2; }
+};
 
 // A chain of functions with the operands of a thread's two rows.
 template <class T, class Chain>
@@ -401,28 +502,37 @@ struct WarpgroupStore {
     WarpRows rows(gather, group_row, first_row);
     if (rows.count == 0) return;
     Chunk<T>& chunk = storage.chunks[threadIdx.x / kWarp];
-    bool runs = has_runs<T, Gather>(gather, params.output) && has_runs<T, Gather>(gather, params.saved);
     if (!params.saved)
-      runs ? store<false, true, Gather>(sum, rows, chunk, tile, job)
-           : store<false, false, Gather>(sum, rows, chunk, tile, job);
+      store<false, Gather>(sum, rows, chunk, tile, job);
     else
-      runs ? store<true, true, Gather>(sum, rows, chunk, tile, job)
-           : store<true, false, Gather>(sum, rows, chunk, tile, job);
+      store<true, Gather>(sum, rows, chunk, tile, job);
   }
 
-  template <bool kSave, bool kRuns, class Gather>
+  template <bool kSave, class Gather>
   __device__ void store(const float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows, Chunk<T>& chunk,
                         const TilePlace& tile, const Job& job) {
+    using Ways = Stores<T, Gather>;
+    if (Ways::wide(gather))
+      store_as<kSave, typename Ways::Wide, Gather>(sum, rows, chunk, tile, job);
+    else if (Ways::pairs(gather))
+      store_as<kSave, typename Ways::Pairs, Gather>(sum, rows, chunk, tile, job);
+    else
+      store_as<kSave, typename Ways::Single, Gather>(sum, rows, chunk, tile, job);
+  }
+
+  template <bool kSave, class Store, class Gather>
+  __device__ void store_as(const float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows,
+                           Chunk<T>& chunk, const TilePlace& tile, const Job& job) {
     // Not before the choice between the variants: what they share is kept in registers for all of them.
     ColumnWalk walk(gather, tile, job, rows.first);
     using Rounded = RoundedFragment<T, Gather>;
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
-    ChunkStore<T, Gather, kRuns> tensors(gather, rows, chunk, walk);
+    Store tensors(gather, rows, chunk, walk);
     Chunks<T, Gather> chunks(sum, params.bias, rows);
     chunks.for_each([&](int i, Fragment<Gather>& values) {
       tensors.advance();
       if (kSave) tensors.store(params.saved, Rounded(values));
-      if (kSave && !kRuns) chunks.retake(i, values);
+      if (kSave && Store::kThroughMemory) chunks.retake(i, values);
       chain.apply(values);
       tensors.store(params.output, Rounded(values));
     });
@@ -460,38 +570,33 @@ struct WarpgroupStoreWithMoments {
   template <class Gather>
   struct Deviations {
     using Values = Fragment<Gather>;
-    using Groups = PixelGroup[Values::kGroups];
 
     int lane;
     float origin[2], total[2] = {}, squares[2] = {};
 
     __device__ explicit Deviations(const WarpRows& rows) : lane(rows.lane) {}
 
-    // visit(group, index in the run, whether that value exists)
-    template <class Visit>
-    __device__ void for_each(const ColumnWalk& walk, const Groups& groups, Visit visit) const {
+    __device__ void add(const Values& values, const FragmentWalk<Gather>& walk) {
+      int left[Values::kGroups];
+      walk.for_each([&](int g, int pixels, int64, int) { left[g] = pixels; });
 #pragma unroll
       for (int g = 0; g < Values::kGroups; ++g)
 #pragma unroll
-        for (int k = 0; k < Values::kRun; ++k)
-          visit(g, k, walk.exists(groups[g], Values::pixel_of(lane, k), Values::phase_of(k)));
-    }
-
-    __device__ void add(const Values& values, const ColumnWalk& walk, const Groups& groups) {
-      for_each(walk, groups, [&](int g, int k, bool exists) {
+        for (int k = 0; k < Values::kRun; ++k) {
+          bool exists = k / Gather::kPhases < left[g] - walk.lacks(Values::phase_of(k));
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float deviation = exists ? values.value[r][g][k] - origin[r] : 0.0f;
-          total[r] += deviation;
-          squares[r] += deviation * deviation;
+          for (int r = 0; r < 2; ++r) {
+            float deviation = exists ? values.value[r][g][k] - origin[r] : 0.0f;
+            total[r] += deviation;
+            squares[r] += deviation * deviation;
+          }
         }
-      });
     }
 
     // To the mean of four values of the first chunk; any number would do that is no further from the values than they
     // are from each other. The first lane's value exists, or nothing of the job does.
-    __device__ void set_origin(const Values& values, const ColumnWalk& walk, const PixelGroup& group) {
-      bool exists = walk.exists(group, Values::pixel_of(lane, 0), 0);
+    __device__ void set_origin(const Values& values, const ColumnWalk& tile) {
+      bool exists = Values::pixel_of(lane, 0) < tile.left();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float own = values.value[r][0][0], first = __shfl_sync(kFullMask, own, lane & ~3);
@@ -522,10 +627,14 @@ struct WarpgroupStoreWithMoments {
     if (rows.count == 0) return;
     ColumnWalk walk(gather, tile, job, rows.first);
     Chunks<T, Gather> chunks(sum, params.bias, rows);
-    if (has_runs<T, Gather>(gather, params.output))
-      store<true>(chunks, rows, storage.chunks[threadIdx.x / kWarp], walk);
+    using Ways = Stores<T, Gather>;
+    Chunk<T>& chunk = storage.chunks[threadIdx.x / kWarp];
+    if (Ways::wide(gather))
+      store<typename Ways::Wide>(chunks, rows, chunk, walk);
+    else if (Ways::pairs(gather))
+      store<typename Ways::Pairs>(chunks, rows, chunk, walk);
     else
-      store<false>(chunks, rows, storage.chunks[threadIdx.x / kWarp], walk);
+      store<typename Ways::Single>(chunks, rows, chunk, walk);
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
     Deviations<Gather> deviations(rows);
     ColumnWalk again(gather, Gather::place(gather, opaque(job.tile)), job, rows.first);
@@ -536,22 +645,20 @@ struct WarpgroupStoreWithMoments {
     Fragment<Gather> first;
     first.template take<0, 1>(sum, 0, chunks.bias.value);
     finish(first);
-    ColumnWalk start = again;
-    deviations.set_origin(first, again, start.next());
+    deviations.set_origin(first, again);
+    FragmentWalk<Gather> walk_again(again, rows);
     chunks.for_each([&](int, Fragment<Gather>& values) {
-      PixelGroup groups[Fragment<Gather>::kGroups];
-#pragma unroll
-      for (int g = 0; g < Fragment<Gather>::kGroups; ++g) groups[g] = again.next();
+      walk_again.next_chunk();
       finish(values);
-      deviations.add(values, again, groups);
+      deviations.add(values, walk_again);
     });
     write(deviations, Gather::place(gather, opaque(job.tile)), job, rows);
   }
 
-  template <bool kRuns, class Gather>
+  template <class Store, class Gather>
   __device__ void store(const Chunks<T, Gather>& chunks, const WarpRows& rows, Chunk<T>& chunk,
                         const ColumnWalk& walk) const {
-    ChunkStore<T, Gather, kRuns> output(gather, rows, chunk, walk);
+    Store output(gather, rows, chunk, walk);
     chunks.for_each([&](int, const Fragment<Gather>& values) {
       output.advance();
       output.store(params.output, RoundedFragment<T, Gather>(values));

@@ -23,10 +23,12 @@ struct WarpgroupParams {
   int slabs, last_slices;     // slices: of 32 bytes of channels, that the last slab has
   int units;                  // of a group, each 64 output channels
   int passes;
-  int parts, jobs;                   // a tile's passes times units are divided among `parts`, each `jobs` of them
-  int channels_last;                 // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int vector;                        // otherwise: pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
-  short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
+  int parts, jobs;             // a tile's passes times units are divided among `parts`, each `jobs` of them
+  int channels_last;           // the input's channels are neighbours and can be loaded 16 bytes at a time
+  int vector;                  // otherwise: pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
+  int out_vector;              // outputs of a row that one store may write, 1, 2, 4 or 8: neighbours, aligned, and
+                               // all or none of them exist; 0: neighbours in memory are channels
+  short phase[kMaxPhases][2];  // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   short offset[kMaxSteps + 1];       // of each step, the pixels by which its tap is displaced in the tile; and one more
 };

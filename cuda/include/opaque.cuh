@@ -18,5 +18,12 @@ __device__ inline int64 opaque(int64 value) {
 #endif
   return value;
 }
+template <class T>
+__device__ inline T* opaque(T* pointer) {
+#if RAWKERN_GPU
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
+}
 
 }  // namespace rawkern

@@ -32,6 +32,27 @@ template <class A>
 __device__ inline bool is_nan(A x) {
   return x != x;
 }
+// The smaller and the larger of two numbers; NaN if one of them is. In float that is one instruction.
+template <class A>
+__device__ inline A smaller(A a, A b) {
+  return a < b || is_nan(a) ? a : b;
+}
+template <class A>
+__device__ inline A larger(A a, A b) {
+  return a > b || is_nan(a) ? a : b;
+}
+#if RAWKERN_GPU
+__device__ inline float smaller(float a, float b) {
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+__device__ inline float larger(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+#endif
 template <class A>
 __device__ inline A magnitude(A x) {
   return fabs(x);
@@ -185,7 +206,7 @@ struct Minimum : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A value(A x, const O& o) {
-    return x < P::get(o) || math::is_nan(x) ? x : P::get(o);
+    return math::smaller(x, P::get(o));
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {
@@ -201,7 +222,7 @@ struct Maximum : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A value(A x, const O& o) {
-    return x > P::get(o) || math::is_nan(x) ? x : P::get(o);
+    return math::larger(x, P::get(o));
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {
@@ -219,7 +240,7 @@ struct ClampMin : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A value(A x, const O& o) {
-    return x < P::get(o) || math::is_nan(P::get(o)) ? P::get(o) : x;
+    return math::larger(x, P::get(o));
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {
@@ -235,7 +256,7 @@ struct ClampMax : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A value(A x, const O& o) {
-    return x > P::get(o) || math::is_nan(P::get(o)) ? P::get(o) : x;
+    return math::smaller(x, P::get(o));
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {

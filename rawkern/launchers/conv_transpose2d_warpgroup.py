@@ -60,6 +60,7 @@ PARAMS = runtime.params(
     ("jobs", "i4"),
     ("channels_last", "i4"),
     ("vector", "i4"),
+    ("out_vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
     ("offset", "i2", (_MAX_STEPS + 1,)),
@@ -535,6 +536,7 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         tiles=plan.tiles,
         channels_last=_channels_last(plan, gathered, strides),
         vector=pixels_per_copy(plan, gathered, strides),
+        out_vector=outputs_per_store(plan, ending, out_strides),
     )
     kernel.launch(
         queue,
@@ -562,6 +564,22 @@ def pixels_per_copy(plan, array, strides):
     if fields["column_tiles"] > 1:
         bits |= fields["tile_columns"] * fields["in_step"][1]
     return bits & -bits
+
+
+def outputs_per_store(plan, ending, strides):
+    """How warpgroup_endings.cuh stores rows: the outputs that one store of at most 16 bytes may write, neighbours in
+    memory, aligned in every row, image and tile, and all or none of them existing; 0 where channels are neighbours."""
+    fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
+    if plan.channel_min:
+        return 1
+    vector = 1
+    if strides[3] == 1 and fields["out_step"][1] == phases:
+        bits = strides[0] | strides[1] | strides[2] | fields["out_size"][1]
+        bits |= (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
+        if fields["column_tiles"] > 1:
+            bits |= fields["tile_columns"] * phases
+        vector = bits & -bits
+    return 0 if vector == 1 and strides[1] == 1 else vector
 
 
 def _pack(queue, plan, weight):
