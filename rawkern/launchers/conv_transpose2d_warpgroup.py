@@ -22,7 +22,7 @@ _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
 _WEIGHT_STAGES = 4  # at least
 _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
-_RAW_DEPTH, _RAW_DEPTH_CHANNEL_MIN = 4, 2  # batches under way per stager warp
+_RAW_DEPTH = 4  # batches under way per stager warp
 _RAW_BYTES = 3 * (32 * _ROW_BYTES + 64)  # of the stagers' buffers, for each in turn
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
@@ -96,9 +96,9 @@ class Shape:
         """Shared memory left for staged input and weights, in whole swizzle patterns."""
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
-            ending += (_CONSUMER_WARPS + _CONSUMERS) * self.phases * self.pixels * 8
-        raw = _RAW_BYTES * (_RAW_DEPTH_CHANNEL_MIN if channel_min else _RAW_DEPTH)
-        return (_SHARED_BYTES - raw - ending - _BARRIER_BYTES) // 1024 * 1024
+            ending = (_CONSUMER_WARPS + _CONSUMERS) * self.phases * (self.pixels + 4) * 4
+            ending += _CONSUMER_WARPS * self.phases * self.pixels * 2
+        return (_SHARED_BYTES - _RAW_BYTES * _RAW_DEPTH - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
         return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
