@@ -17,6 +17,7 @@
 #pragma once
 #include "chain.cuh"
 #include "moments.cuh"
+#include "nan_min.cuh"
 #include "opaque.cuh"
 #include "warpgroup_gather.cuh"
 #include "wide_store.cuh"
@@ -679,9 +680,15 @@ struct WarpgroupStoreWithMoments {
 };
 
 // values[pixel] = minimum over all channels of sum + bias, index[pixel] = the channel it came from; out strides
-// describe one pixel plane per image. As torch.min: the first of equal values, NaN before everything. A lane finds the
-// minimum of its column among the warp's channels; the consumer's four warps meet once per job, and the best of the
-// units so far waits in shared memory for the next.
+// describe one pixel plane per image. As torch.min: the first of equal values, NaN before everything.
+//
+// Values come first, without their channels, which would triple the instructions. A lane has the smaller one of its two
+// rows, for all columns. Eight lanes have the same columns: by exchanging half of them, then a quarter, then an eighth,
+// each comes to have the minimum of every eighth one over all rows of the warp. The consumer's four warps meet, and
+// each thread compares its own columns' minimum in this unit with that of the units before, which it keeps in
+// registers. Where it is smaller, its channel is wanted: all threads look for every column's very minimum among their
+// sums and note where they find it. The lowest such row of the first warp that has the minimum is the answer, which is
+// read when the four warps meet for the next unit, or, after the last unit, once more.
 template <class T>
 struct WarpgroupChannelMin {
   static constexpr bool kAllRows = true;
@@ -691,76 +698,234 @@ struct WarpgroupChannelMin {
     const void* bias;
   };
 
-  struct Best {
-    float value;
-    int channel;  // -1: of none
-    // Channels are offered in rising order.
-    __device__ void offer(Best other) {
-      bool better = other.value < value || (other.value != other.value && value == value) || channel < 0;
-      better = better && other.channel >= 0;
-      value = better ? other.value : value;
-      channel = better ? other.channel : channel;
-    }
+  // Columns in shared memory. 32 pixels, 8 a + 2 b + c, lie in the order 8 b + 2 a + c, so that the 8 of them that a
+  // thread has sums of are neighbours. Phases are shifted to other banks, for those who read neighbours in the output.
+  template <class Gather>
+  struct alignas(16) Columns {
+    float at[Gather::kPhases][Gather::kPixels + 4];
+  };
+  // Where a warp found the minima: for each 32 pixels, b and lane / 4, the set of (2 a + c) + 8 r.
+  template <class Gather>
+  struct alignas(16) Finds {
+    static constexpr int kBlocks = Gather::kPixels / 32;
+    unsigned short at[Gather::kPhases][kBlocks][4][8];
   };
   template <class Gather>
   struct Storage {
-    Chunk<float> chunks[Gather::kConsumerWarps];
-    Best of_warp[Gather::kConsumerWarps][Gather::kPhases * Gather::kPixels];
-    Best so_far[Gather::kConsumers][Gather::kPhases * Gather::kPixels];
+    Columns<Gather> of_warp[Gather::kConsumerWarps], of_unit[Gather::kConsumers];  // minima
+    Finds<Gather> finds[Gather::kConsumerWarps];
+  };
+
+  // A thread's own columns: threads are neighbours in the output, where phases are interleaved. Where there are fewer
+  // columns than threads, some have none.
+  template <class Gather>
+  struct Own {
+    static constexpr int kCount = (Gather::kPhases * Gather::kPixels + kWarpgroup - 1) / kWarpgroup;
+    int phase, pixel;  // of the first one; the others are a multiple of 32 pixels apart
+
+    __device__ Own() {
+      int thread = threadIdx.x % kWarpgroup;
+      phase = thread % Gather::kPhases;
+      pixel = thread / Gather::kPhases;
+    }
+    __device__ bool exist() const { return pixel < Gather::kPixels; }
+    __device__ int pixel_of(int i) const { return pixel + i * (kWarpgroup / Gather::kPhases); }
+    __device__ int a() const { return pixel / 8 % 4; }
+    __device__ int b() const { return pixel / 2 % 4; }
+    __device__ int c() const { return pixel % 2; }
+    __device__ float& in(Columns<Gather>& columns, int i) const {
+      return columns.at[phase][pixel_of(i) / 32 * 32 + b() * 8 + a() * 2 + c()];
+    }
+    // The lowest of a warp's rows where its minimum was found.
+    __device__ int row(const Finds<Gather>& finds, int i) const {
+      const Unit& lanes = *reinterpret_cast<const Unit*>(finds.at[phase][pixel_of(i) / 32][b()]);
+      int bit = a() * 2 + c();
+      unsigned found = 0;  // bit 16 (lane % 2) + 8 r + lane / 2 * 2
+#pragma unroll
+      for (int k = 0; k < 4; ++k) found |= (lanes.words[k] >> bit & 0x01010101) << 2 * k;
+      return __ffs(found | found >> 15) - 1;
+    }
   };
 
   const Params& params;
   const WarpgroupParams& gather;
+  T bias[2];      // of a thread's two rows in the next unit, loaded while the one before ends
+  float best[2];  // of a thread's own columns, in the units so far
+  int channel[2];
 
   __device__ WarpgroupChannelMin(const Params& params, const WarpgroupParams& gather)
-      : params(params), gather(gather) {}
+      : params(params), gather(gather), best{}, channel{} {
+    load_bias(WarpRows(gather, 0, 0));
+  }
 
   template <class Gather>
   __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
-                          const TilePlace& tile, const Job& job, int group_row, int first_row) {
+                          const TilePlace&, const Job& job, int group_row, int first_row) {
     WarpRows rows(gather, group_row, first_row);
-    int warp = threadIdx.x / kWarp, lane = rows.lane;
-    Chunk<float>& chunk = storage.chunks[warp];
+    int warp = threadIdx.x / kWarp;
+    Own<Gather> own;
     bool last = job.unit == gather.units * gather.groups - 1;
-    Chunks<T, Gather>(sum, params.bias, rows).for_each([&](int i, Fragment<Gather>& values) {
-      chunk.fill(RoundedFragment<float, Gather>(values), rows);
-      __syncwarp();
-      storage.of_warp[warp][i * kWarp + lane] = smallest(chunk, rows);
-      __syncwarp();
-    });
+    add_bias<Gather>(sum, rows);
+    load_bias(last ? WarpRows(gather, 0, 0) : rows_after(group_row, first_row));
+    store_minima<Gather>(storage.of_warp[warp], sum, rows.lane);
     named_barrier(1 + job.consumer, kWarpgroup);
-    ChunkStore<float, Gather, false> chunks(gather, rows, chunk, ColumnWalk(gather, tile, job, 0));
-#pragma unroll 1
-    for (int i = 0; i < Fragment<Gather>::kCount; ++i) {
-      chunks.advance();
-      if (i % 4 != warp % 4) continue;
-      Best& so_far = storage.so_far[job.consumer][i * kWarp + lane];
-      Best best = job.unit == 0 ? Best{0, -1} : so_far;
+    if (own.exist()) compare(own, storage, job, group_row + first_row);
+    named_barrier(1 + job.consumer, kWarpgroup);
+    find<Gather>(storage.finds[warp], storage.of_unit[job.consumer], sum, rows.lane);
+    if (last) write(own, storage, job);
+  }
+
+  __device__ WarpRows rows_after(int group_row, int first_row) const {
+    constexpr int kRows = 4 * kWarpRows;
+    bool next_group = first_row + kRows == gather.units * kRows;
+    return WarpRows(gather, next_group ? group_row + gather.rows : group_row, next_group ? 0 : first_row + kRows);
+  }
+  __device__ void load_bias(const WarpRows& rows) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) best.offer(storage.of_warp[warp / 4 * 4 + w][i * kWarp + lane]);
-      so_far = best;
-      if (last) write(best, chunks.place);
+    for (int r = 0; r < 2; ++r) {
+      bias[r] = T{};
+      if (params.bias && rows.has(r)) bias[r] = static_cast<const T*>(params.bias)[rows.channel(r)];
     }
+  }
+
+  // Rows that do not exist become infinite: should that be the minimum, then a row that exists comes before them. The
+  // bias is never minus zero, and so neither is a sum: minima are found by their bits.
+  template <class Gather>
+  __device__ void add_bias(float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows) const {
+    float add[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) add[r] = rows.has(r) ? to_accumulator(bias[r]) + 0.0f : __uint_as_float(0x7f800000);
+    if (rows.count < kWarpRows) {  // where an input is infinite, their sums are no numbers
+#pragma unroll
+      for (int phase = 0; phase < Gather::kPhases; ++phase)
+#pragma unroll
+        for (int i = 0; i < Gather::kPixels / 2; ++i) sum[phase][i] = rows.has(i / 2 % 2) ? sum[phase][i] : 0.0f;
+    }
+#pragma unroll
+    for (int phase = 0; phase < Gather::kPhases; ++phase)
+#pragma unroll
+      for (int i = 0; i < Gather::kPixels / 2; ++i) sum[phase][i] += add[i / 2 % 2];
+  }
+
+  // Of the eight lanes that have the same columns, the one with rows g and g + 8 stores the g-th of every eight.
+  template <class Gather>
+  __device__ static void store_minima(Columns<Gather>& columns,
+                                      const float (&sum)[Gather::kPhases][Gather::kPixels / 2], int lane) {
+#pragma unroll
+    for (int phase = 0; phase < Gather::kPhases; ++phase)
+#pragma unroll
+      for (int block = 0; block < Gather::kPixels / 32; ++block) {
+        float smallest[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float* two_rows = &sum[phase][block * 16 + i / 2 * 4 + i % 2];
+          smallest[i] = smaller_or_nan(two_rows[0], two_rows[2]);
+        }
+#pragma unroll
+        for (int half = 4; half > 0; half /= 2) {
+          bool upper = lane & 4 * half;
+#pragma unroll
+          for (int i = 0; i < half; ++i) {
+            float keep = upper ? smallest[i + half] : smallest[i], give = upper ? smallest[i] : smallest[i + half];
+            smallest[i] = smaller_or_nan(keep, __shfl_xor_sync(kFullMask, give, 4 * half));
+          }
+        }
+        columns.at[phase][block * 32 + lane % 4 * 8 + lane / 4] = smallest[0];
+      }
+  }
+
+  // While a channel is wanted, `channel` has the first channel of the warp that has the minimum, and which warp that
+  // is.
+  __device__ static int wanted(int first_channel, int warp) { return ~(first_channel << 2 | warp); }
+
+  template <class Gather>
+  __device__ void compare(const Own<Gather>& own, Storage<Gather>& storage, const Job& job, int first_channel) {
+    constexpr int kCount = Own<Gather>::kCount;
+    float smallest[kCount][4];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) smallest[i][warp] = own.in(storage.of_warp[4 * job.consumer + warp], i);
+    if (job.unit > 0) read_finds(own, storage, job);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float of_two[2] = {smaller_or_nan(smallest[i][0], smallest[i][1]),
+                         smaller_or_nan(smallest[i][2], smallest[i][3])};
+      float unit = smaller_or_nan(of_two[0], of_two[1]);
+      own.in(storage.of_unit[job.consumer], i) = unit;
+      int half = bits_of_result(of_two[0]) == bits_of_result(unit) ? 0 : 2;
+      float first = half ? smallest[i][2] : smallest[i][0];
+      int warp = half + (bits_of_result(first) != bits_of_result(unit));
+      bool better = (job.unit == 0) | (unit < best[i]) | ((unit != unit) & (best[i] == best[i]));
+      best[i] = better ? unit : best[i];
+      channel[i] = better ? wanted(first_channel + warp * kWarpRows, warp) : channel[i];
+    }
+  }
+
+  template <class Gather>
+  __device__ void read_finds(const Own<Gather>& own, Storage<Gather>& storage, const Job& job) {
+#pragma unroll
+    for (int i = 0; i < Own<Gather>::kCount; ++i) {
+      int wanted = ~channel[i], warp = wanted & 3, row = own.row(storage.finds[4 * job.consumer + warp], i);
+      channel[i] = wanted < 0 ? channel[i] : (wanted >> 2) + row;
+    }
+  }
+
+  // The next block's minima are on their way while one's are looked for.
+  template <class Gather>
+  __device__ static void find(Finds<Gather>& finds, const Columns<Gather>& minima,
+                              const float (&sum)[Gather::kPhases][Gather::kPixels / 2], int lane) {
+    constexpr int kBlocks = Finds<Gather>::kBlocks, kCount = Gather::kPhases * kBlocks;
+    Unit units[2][2];
+    auto load = [&](int block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        units[block % 2][half] =
+            *reinterpret_cast<const Unit*>(&minima.at[block / kBlocks][block % kBlocks * 32 + lane % 4 * 8 + half * 4]);
+    };
+    load(0);
+#pragma unroll
+    for (int block = 0; block < kCount; ++block) {
+      if (block + 1 < kCount) load(block + 1);
+      const float* sums = &sum[block / kBlocks][block % kBlocks * 16];
+      FloatSet found;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          found.add_if_equal(i + 8 * r, units[block % 2][i / 4].words[i % 4],
+                             bits_of_result(sums[i / 2 * 4 + 2 * r + i % 2]));
+      finds.at[block / kBlocks][block % kBlocks][lane % 4][lane / 4] = (unsigned short)(found.bits());
+    }
+  }
+
+  template <class Gather>
+  __device__ void write(const Own<Gather>& own, Storage<Gather>& storage, const Job& job) {
+    TilePlace tile = Gather::place(gather, opaque(job.tile));
+    ColumnWalk walk(gather, tile, job, 0);
+    int64 place[Own<Gather>::kCount];
+#pragma unroll
+    for (int i = 0; i < Own<Gather>::kCount; ++i) place[i] = place_of(tile, walk, own.pixel_of(i), own.phase);
     named_barrier(1 + job.consumer, kWarpgroup);
+    if (!own.exist()) return;
+    read_finds(own, storage, job);
+#pragma unroll
+    for (int i = 0; i < Own<Gather>::kCount; ++i) {
+      if (place[i] < 0) continue;
+      params.values[place[i]] = best[i];
+      params.index[place[i]] = channel[i];
+    }
   }
 
-  // Of a lane's column. Rows are compared in pairs, then pairs of pairs, so that the comparisons overlap.
-  __device__ static Best smallest(const Chunk<float>& chunk, const WarpRows& rows) {
-    Best best[kWarpRows];
-#pragma unroll
-    for (int row = 0; row < kWarpRows; ++row)
-      best[row] = Best{chunk.at[row][rows.lane], row < rows.count ? rows.first + row : -1};
-#pragma unroll
-    for (int apart = 1; apart < kWarpRows; apart *= 2)
-#pragma unroll
-      for (int row = 0; row < kWarpRows; row += 2 * apart) best[row].offer(best[row + apart]);
-    return best[0];
-  }
-
-  __device__ void write(const Best& best, int64 place) const {
-    if (place < 0) return;
-    params.values[place] = best.value;
-    params.index[place] = best.channel;
+  // Of a column in the output, -1 if it does not exist there.
+  __device__ int64 place_of(const TilePlace& tile, const ColumnWalk& walk, int pixel, int phase) const {
+    int row = unsigned(pixel) / unsigned(gather.pitch), column = pixel - row * gather.pitch, image, image_row;
+    tile.locate(gather, row, image, image_row);
+    bool exists = row < walk.rows_left && image_row < walk.image_rows;
+    PixelGroup from_here{walk.place + (image - tile.image) * gather.out_strides[0] +
+                             (image_row - tile.row) * walk.next_row + column * walk.pixel_stride(),
+                         exists ? walk.limit - column : 0};
+    return walk.place_in(from_here, 0, phase);
   }
 };
 

@@ -95,7 +95,8 @@ class Shape:
         """Shared memory left for staged input and weights, in whole swizzle patterns."""
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
-            ending += (_CONSUMER_WARPS + _CONSUMERS) * self.phases * self.pixels * 8
+            ending = (_CONSUMER_WARPS + _CONSUMERS) * self.phases * (self.pixels + 4) * 4
+            ending += _CONSUMER_WARPS * self.phases * self.pixels * 2
         return (_SHARED_BYTES - _RAW_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
