@@ -921,11 +921,10 @@ struct WarpgroupChannelMin {
   __device__ int64 place_of(const TilePlace& tile, const ColumnWalk& walk, int pixel, int phase) const {
     int row = unsigned(pixel) / unsigned(gather.pitch), column = pixel - row * gather.pitch, image, image_row;
     tile.locate(gather, row, image, image_row);
-    bool exists = row < walk.rows_left && image_row < walk.image_rows;
-    PixelGroup from_here{walk.place + (image - tile.image) * gather.out_strides[0] +
-                             (image_row - tile.row) * walk.next_row + column * walk.pixel_stride(),
-                         exists ? walk.limit - column : 0};
-    return walk.place_in(from_here, 0, phase);
+    if (row >= walk.rows_left || image_row >= walk.image_rows || column >= walk.limit - walk.lacks(phase)) return -1;
+    return walk.place + (image - tile.image) * gather.out_strides[0] +
+           (image_row - tile.row) * (gather.out_step[0] * gather.out_strides[2]) + column * walk.pixel_stride() +
+           phase * gather.out_strides[3];
   }
 };
 
