@@ -56,7 +56,7 @@ struct WarpgroupGather {
   static constexpr int kMinBlocks = 1;
   static constexpr int kRows = 64;
   static constexpr int kSlab = kSwizzledRow / sizeof(T);
-  static constexpr int kRawDepth = 3;
+  static constexpr int kRawDepth = 4;
   static constexpr int kWeightBytes = kRows * kSwizzledRow;
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   // What the warpgroups hold together is what the block was launched with, or they wait for registers for ever.

@@ -94,15 +94,17 @@ struct PixelSource {
   static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kLeast = 4 / sizeof(T);
 
   Slabs slabs;
-  int pixel, channel;  // of the batch and slab, that this lane copies first
+  int vector, pixel, channel;  // of the batch and slab, that this lane copies first
   PixelWalk walk;
   const T* base;  // the slab's channel of that number
   int channels;   // from there on
 
+  // What is opaque stays in a register: to look it up again takes longer than what it is needed for.
   __device__ PixelSource(const WarpgroupParams& p, int warp, int warps)
       : slabs(p),
-        pixel(threadIdx.x % kWarp * p.vector % kWarp),
-        channel(threadIdx.x % kWarp * p.vector / kWarp),
+        vector(opaque(p.vector)),
+        pixel(opaque(int(threadIdx.x % kWarp * p.vector % kWarp))),
+        channel(opaque(int(threadIdx.x % kWarp * p.vector / kWarp))),
         walk(p, warp * kWarp + pixel, warps * kWarp) {
     enter_slab();
   }
@@ -119,9 +121,9 @@ struct PixelSource {
     int64 offset;
     int column;
     bool inside = walk.locate(slabs.at, offset, column) && unsigned(column) < unsigned(p.in_size[1]);
-    if (p.vector == kLeast)
+    if (vector == kLeast)
       copy<kLeast>(raw, base + offset, inside);
-    else if (p.vector == 2 * kLeast)
+    else if (vector == 2 * kLeast)
       copy<2 * kLeast>(raw, base + offset, inside);
     else
       copy<4 * kLeast>(raw, base + offset, inside);
@@ -161,28 +163,48 @@ template <class T>
 struct PixelTurner : StagedPixels {
   static constexpr int kUnits = kSwizzledRow / 16;
 
-  __device__ explicit PixelTurner(const WarpgroupParams& p) : StagedPixels(p) {}
+  int lane;
 
-  // Where the batch's pixels go in the stage: one after the other, or a lane knows it of its pixel, -1 for none.
+  __device__ explicit PixelTurner(const WarpgroupParams& p) : StagedPixels(p), lane(opaque(int(threadIdx.x % kWarp))) {}
+
+  // Where a batch's pixels go in the stage: one after the other, or as each lane knows of its own pixel, -1 for none.
   enum class Places { kInOrder, kKnown, kSome };
 
   // Units beyond `units` are not multiplied.
   __device__ void turn(const RawRows<T>& raw, unsigned char* stage, int batch, int units) const {
-    int index = batch + threadIdx.x % kWarp, own = index < count() ? place(index) : -1;
     if (batch + kWarp > count())
-      turn_as<Places::kSome>(raw, stage, own, units, T{});
+      turn_as<Places::kSome>(raw, stage, batch + lane < count() ? place(batch + lane) : -1, units, T{});
     else if (p.in_step[0] * p.in_step[1] > 1)
-      turn_as<Places::kKnown>(raw, stage, own, units, T{});
+      turn_as<Places::kKnown>(raw, stage, place(batch + lane), units, T{});
     else
-      turn_as<Places::kInOrder>(raw, stage + batch * kSwizzledRow, own, units, T{});
+      turn_as<Places::kInOrder>(raw, stage + batch * kSwizzledRow, 0, units, T{});
   }
 
-  // Stores a unit of pixel `pixel` of the batch; `own` is this lane's pixel's place.
-  template <Places kPlaces>
-  __device__ static void store(unsigned char* stage, int own, int pixel, int unit, const Unit& values) {
-    int to = kPlaces == Places::kInOrder ? pixel : __shfl_sync(kFullMask, own, pixel);
-    if (kPlaces != Places::kSome || to >= 0) unit_at(stage, to, unit) = values;
-  }
+  // A lane's units of pixels that are a fixed number apart. In order they are found without computing: the swizzle
+  // repeats itself every eight pixels.
+  template <Places kPlaces, int kApart>
+  struct Target {
+    unsigned char* stage;
+    int own, pixel, unit;
+    unsigned char* first[8 / kApart];  // of the first eight pixels
+
+    __device__ Target(unsigned char* stage, int own, int pixel, int unit)
+        : stage(stage), own(own), pixel(pixel), unit(unit) {
+#pragma unroll
+      for (int i = 0; i < 8 / kApart; ++i)
+        first[i] = reinterpret_cast<unsigned char*>(&unit_at(stage, pixel + i * kApart, unit));
+    }
+    // Number `i` of the lane's pixels.
+    __device__ void store(int i, const Unit& values) const {
+      constexpr int kRepeat = 8 / kApart;
+      if constexpr (kPlaces == Places::kInOrder) {
+        *reinterpret_cast<Unit*>(first[i % kRepeat] + i / kRepeat * (8 * kSwizzledRow)) = values;
+      } else {
+        int to = __shfl_sync(kFullMask, own, pixel + i * kApart);
+        if (kPlaces == Places::kKnown || to >= 0) unit_at(stage, to, unit) = values;
+      }
+    }
+  };
 
   // float: matrix j has channel 4 u + j of unit u in one of its rows, and four pixels. Rows 0, 1, 2, ... are of units
   // 0, 4, 1, 5, ...: eight lanes that store together have two units of four pixels, in different banks.
@@ -190,7 +212,8 @@ struct PixelTurner : StagedPixels {
   template <Places kPlaces>
   __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int, float) const {
     constexpr int kGroups = kWarp / 4, kTogether = kGroups / 2;  // more would take too many registers
-    int lane = threadIdx.x % kWarp, channel = 4 * unit_of(lane % 8) + lane / 8, unit = unit_of(lane / 4);
+    int channel = 4 * unit_of(lane % 8) + lane / 8;
+    Target<kPlaces, 4> target(stage, own, lane % 4, unit_of(lane / 4));
 #pragma unroll
     for (int first = 0; first < kGroups; first += kTogether) {
       unsigned words[kTogether][4];
@@ -201,7 +224,7 @@ struct PixelTurner : StagedPixels {
         Unit values;
 #pragma unroll
         for (int i = 0; i < 4; ++i) values.words[i] = tf32_operand(__uint_as_float(words[g][i]));
-        store<kPlaces>(stage, own, 4 * (first + g) + lane % 4, unit, values);
+        target.store(first + g, values);
       }
     }
   }
@@ -210,17 +233,16 @@ struct PixelTurner : StagedPixels {
   template <Places kPlaces, class Element>
   __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int units, Element) const {
     constexpr int kGroups = kWarp / 8, kTogether = kUnits / 2;
-    int lane = threadIdx.x % kWarp, channel = lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
+    int channel = lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
 #pragma unroll
     for (int first = 0; first < kUnits; first += kTogether) {
       if (first >= units) break;
+      Target<kPlaces, 8> target(stage, own, lane / 4, first + lane % 4);
       unsigned words[kGroups][4];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) load_matrices_transposed(words[g], raw.at + raw.place(first * 8 + channel, g));
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        store<kPlaces>(stage, own, 8 * g + lane / 4, first + lane % 4,
-                       Unit{{words[g][0], words[g][1], words[g][2], words[g][3]}});
+      for (int g = 0; g < kGroups; ++g) target.store(g, Unit{{words[g][0], words[g][1], words[g][2], words[g][3]}});
     }
   }
 };
