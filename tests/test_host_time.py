@@ -1,6 +1,6 @@
 """What a call costs on the host, counted in calls of functions, which no other load on the machine changes.
 
-A repeated call makes around a hundred, most of them PyTorch's own; one that decides anew makes thousands.
+A repeated call makes dozens; one that decides anew makes thousands.
 """
 
 import sys
@@ -11,8 +11,8 @@ from public_ops import OPS
 
 from rawkern.autograd.operator import forget_plans
 
-#: Calls of functions in Python and in C, with a small reserve.
-WITHOUT_GRADIENT, WITH_GRADIENT = 150, 170
+#: Calls of functions in Python and in C, with a small reserve. Of those of a backward pass 65 to 70 are PyTorch's own.
+WITHOUT_GRADIENT, WITH_GRADIENT, BACKWARD = 135, 145, 200
 
 
 def calls_in(function):
@@ -37,8 +37,8 @@ def test_calls(name, device):
     for requires_grad, budget in ((False, WITHOUT_GRADIENT), (True, WITH_GRADIENT)):
         tensors = op.inputs(torch.float32, device, requires_grad=requires_grad)
         forget_plans()
-        deciding = calls_in(lambda tensors=tensors: op.ours(*tensors))
-        repeating = calls_in(lambda tensors=tensors: op.ours(*tensors))
+        # The second call finds room for the parameters of launches.
+        deciding, _, repeating = (calls_in(lambda tensors=tensors: op.ours(*tensors)) for _ in range(3))
         assert repeating <= budget and repeating < deciding / 3, (repeating, deciding)
 
 
@@ -48,8 +48,20 @@ def test_calls_of_backward(name):
     op = OPS[name]
     tensors = op.inputs(torch.float32, requires_grad=True)
     counts = []
-    for _ in range(2):
+    for _ in range(3):
         output = op.ours(*tensors)
         grad = torch.ones_like(output)
         counts.append(calls_in(lambda output=output, grad=grad: torch.autograd.grad(output, tensors, grad)))
-    assert counts[1] < counts[0] / 3, counts
+    assert counts[-1] <= BACKWARD and counts[-1] < counts[0] / 3, counts
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_other_memory_is_no_other_call(name):
+    """Training steps on new tensors, as every batch brings them, decide nothing after the first."""
+    op = OPS[name]
+    counts = []
+    for _ in range(5):
+        tensors = op.inputs(torch.float32, requires_grad=True)
+        grad = torch.ones_like(op.ours(*tensors))
+        counts.append(calls_in(lambda t=tensors, g=grad: torch.autograd.grad(op.ours(*t), t, g)))
+    assert max(counts[2:]) <= WITH_GRADIENT + BACKWARD, counts

@@ -9,7 +9,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import rawkern
 import rawkern.nn
-from rawkern.autograd.operator import Operator
+from rawkern.autograd.dlpack import Plan
+from rawkern.autograd.operator import Operator, forget_plans
 
 TWICE = [name for name, op in OPS.items() if op.last > 1]
 #: Whose backward pass is one fused step, without a derivative in forward mode.
@@ -118,14 +119,18 @@ def test_vmap_in_vmap(device):
 def test_a_batch_is_one_launch(device, monkeypatch):
     """Not a loop: batched inputs are more images, batched weights more groups."""
     calls = []
-    repeated = Operator._repeated
-    note = lambda *arguments: calls.append(arguments[0].name) or repeated(*arguments)  # noqa: E731
-    monkeypatch.setattr(Operator, "_repeated", note)
+    decide = Operator._decide
+    note = lambda *arguments: calls.append(arguments[0].name) or decide(*arguments)  # noqa: E731
+    monkeypatch.setattr(Operator, "_decide", note)
+    monkeypatch.setattr(Plan, "repeat", lambda *_: pytest.fail("a second call of the same kind"))
     conv, norm = OPS["conv_transpose2d"], OPS["group_norm"]
     for op, dims in ((conv, (0, None, None)), (conv, (None, 0, None)), (conv, (0, 0, 0)), (norm, (0, None, None))):
+        inputs = batched(op, dims, device)
+        forget_plans()
         calls.clear()
-        vmap(op.ours, dims)(*batched(op, dims, device))
+        vmap(op.ours, dims)(*inputs)
         assert len(calls) == 1, (op.name, dims)
+    forget_plans()
     calls.clear()
     per_sample = vmap(grad(scalar(conv.ours), (0, 1, 2)), (0, None, None))
     per_sample(*batched(conv, (0, None, None), device))

@@ -5,11 +5,12 @@ them in the dtype of what they are given. Other functions take what they are giv
 """
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 
 def is_on(tensor):
     """Whether autocast is on for the tensor's device."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not is_dynamo_compiling() and not torch._C._is_any_autocast_enabled():
         return False  # the same answer in a third of the time
     device_type = tensor.device.type
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)  # meta has no autocast

@@ -17,8 +17,8 @@ from ..launchers.conv_transpose2d import input_gradient as launch_input_gradient
 from ..launchers.conv_transpose2d import weight_gradient as launch_weight_gradient
 from ..launchers.geometry import Geometry, check_groups, pair
 from . import autocast
-from .operator import Operator, is_transformed, needs_gradient
-from .pointwise import POINTWISE, check_chain, composed_gradients, pointwise_backward, pointwise_tangent
+from .operator import Operator, is_transformed, needs_gradient, refused
+from .pointwise import POINTWISE, check_chain, composed_gradients, pointwise_backward, pointwise_tangent, spread
 from .precision import check_precision
 
 
@@ -142,6 +142,10 @@ def convolve(input, weight, convolution, bias=None):
 
 def convolution_gradients(grad, input, weight, convolution, needs):
     """The gradients for input, weight and bias from that of the convolution; None where not needed."""
+    if not any(needs):
+        return None, None, None
+    if not torch.is_grad_enabled():  # nobody will differentiate them: all at once takes less time on the host
+        return spread(needs, BACKWARD((grad, input, weight), (tuple(needs), *convolution)))
     needs_input, needs_weight, needs_bias = needs
     grad_input = grad_weight = grad_bias = None
     if needs_input:
@@ -376,6 +380,18 @@ def _channel_sum_batched(batch_size, dims, tensors, static):
     return CHANNEL_SUM((folded,)).unflatten(0, (batch_size, -1)), 0
 
 
+def _backward(call, grad_output, input, weight, needs, *convolution):
+    """The gradients for input, weight and bias that are needed."""
+    grads = []
+    if needs[0]:
+        grads.append(_input_gradient(call, grad_output, weight, tuple(input.shape[2:]), *convolution))
+    if needs[1]:
+        grads.append(_weight_gradient(call, input, grad_output, tuple(weight.shape[2:]), *convolution))
+    if needs[2]:
+        grads.append(_channel_sum(call, grad_output))
+    return tuple(grads)
+
+
 #: How a convolution is written in the schemas of operators.
 CONVOLUTION = (
     "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, int groups, str? precision"
@@ -416,6 +432,12 @@ WEIGHT_GRADIENT = Operator(
     backward=_weight_gradient_gradients,
     jvp=_weight_gradient_tangent,
     vmap=_weight_gradient_batched,
+)
+BACKWARD = Operator(
+    f"conv_transpose2d_backward(Tensor grad_output, Tensor input, Tensor weight, bool[] needs, {CONVOLUTION}) "
+    "-> Tensor[]",
+    _backward,
+    backward=refused("all gradients of a convolution at once are not differentiable, each of them is"),
 )
 CHANNEL_SUM = Operator(
     "channel_sum(Tensor input) -> Tensor",

@@ -8,8 +8,13 @@ shapes, strides, dtypes and so on): a `Recording` lets the launchers run on the 
 and the `Plan` that comes of it launches the same again for other tensors, of which it needs the addresses only.
 """
 
+import operator
+
 import numpy as np
 import torch
+
+# What programs of torch.compile allocate by, on the current GPU: half the time of torch.empty_strided.
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 from torch.utils.dlpack import to_dlpack
 
 from ..runtime import Recorder, bfloat16
@@ -82,12 +87,6 @@ def empty(shape, like, dtype=None, layout_of=None):
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _current_stream(index):
-    """The pointer of PyTorch's current stream of a GPU. Looked up anew for every launch: the user may be inside
-    `torch.cuda.stream(...)`."""
-    return torch._C._cuda_getCurrentRawStream(index)
-
-
 class Recording:
     """One call of an operator's body on ordinary tensors: its outputs, and what its launchers launched."""
 
@@ -100,7 +99,7 @@ class Recording:
         self._like = tensors[0]
         self._outputs = []
         arrays = [None if tensor is None else self._arrays[id(tensor)] for tensor in tensors]
-        stream = _current_stream(self._like.device.index) if self._like.is_cuda else 0
+        stream = torch._C._cuda_getCurrentRawStream(self._like.device.index) if self._like.is_cuda else 0
         self._recorder = Recorder(stream, _allocator(self._like.device), arrays)
 
     def empty(self, shape, like, dtype=None, layout_of=None):
@@ -160,36 +159,44 @@ class Plan:
     """What to allocate and to launch for one kind of call of an operator.
 
     Args:
-        like: a tensor of the call that is always there, on whose device everything is.
+        like: a tensor of the call, on whose device everything is.
         tape: what was launched.
         outputs: all new tensors that the launches knew as arguments, in this order.
         results: those of them that the call returns: one, or a tuple.
     """
 
     def __init__(self, like, tape, outputs, results):
-        self._tape = tape
+        self._play = tape.play
         self._gpu = like.device.index if like.is_cuda else None
-        self._outputs = [
-            (output.shape, output.stride(), None if output.dtype is like.dtype else output.dtype) for output in outputs
-        ]
+        self._layouts = [(tuple(output.shape), output.stride(), output.dtype) for output in outputs]
+        if tape.workspace_bytes:
+            self._layouts.append(((tape.workspace_bytes,), (1,), torch.uint8))
         places = {id(output): i for i, output in enumerate(outputs)}
-        self._single = isinstance(results, torch.Tensor)
-        self._places = [places[id(result)] for result in ((results,) if self._single else results)]
-        self._workspace = -(-tape.workspace_bytes // like.itemsize)
+        if isinstance(results, torch.Tensor):
+            self._results_of = operator.itemgetter(places[id(results)])
+        else:
+            places = [places[id(result)] for result in results]
+            self._results_of = lambda new: tuple([new[place] for place in places])
 
-    def repeat(self, like, addresses):
-        """Does it for tensors with these addresses, of which `like` is the one; returns the results."""
-        outputs = []
-        for shape, strides, dtype in self._outputs:
-            if dtype is None:  # an argument less to parse
-                output = like.new_empty_strided(shape, strides)
-            else:
-                output = like.new_empty_strided(shape, strides, dtype=dtype)
-            outputs.append(output)
-            addresses.append(output.data_ptr())
-        if self._workspace:
-            # Freed on return: the allocator gives it away only to work that comes later on the same stream.
-            workspace = like.new_empty(self._workspace)
-            addresses.append(workspace.data_ptr())
-        self._tape.play(addresses, 0 if self._gpu is None else _current_stream(self._gpu))
-        return outputs[self._places[0]] if self._single else tuple([outputs[i] for i in self._places])
+    def repeat(self, addresses):
+        """Does it for tensors with these addresses; returns the results."""
+        gpu = self._gpu
+        if gpu is None:
+            empty_strided, stream = _empty_strided_cpu, 0
+        else:
+            empty_strided = _empty_strided_cuda if torch._C._cuda_getDevice() == gpu else self._empty_strided
+            # Looked up anew for every call: the user may be inside `torch.cuda.stream(...)`.
+            stream = torch._C._cuda_getCurrentRawStream(gpu)
+        new = []
+        for layout in self._layouts:
+            tensor = empty_strided(*layout)
+            new.append(tensor)
+            addresses.append(tensor.data_ptr())
+        self._play(addresses, stream)
+        # The workspace, which is the last of them, is freed on return: the allocator gives it away only to work that
+        # comes later on the same stream.
+        return self._results_of(new)
+
+    def _empty_strided(self, shape, strides, dtype):
+        """On a GPU that is not the current one."""
+        return torch.empty_strided(shape, strides, dtype=dtype, device=f"cuda:{self._gpu}")

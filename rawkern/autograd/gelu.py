@@ -13,7 +13,7 @@ def gelu(input, approximate="none"):
 
     Raises RuntimeError for another `approximate` and for other dtypes, TypeError for what is no tensor or no string.
     """
-    return pointwise_of(input, signature_of(approximate))
+    return pointwise_of(input, _ERF if approximate == "none" else signature_of(approximate))
 
 
 def signature_of(approximate):

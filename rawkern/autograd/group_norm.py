@@ -34,7 +34,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 def normalised(input, weight, bias, num_groups, eps, chain):
     """`group_norm`, of checked arguments, of a chain of functions, given by its signature, of the input."""
-    return GROUP_NORM((arranged(input), weight, bias), (num_groups, eps, chain))[0]
+    return GROUP_NORM((input, weight, bias), (num_groups, eps, chain))[0]
 
 
 def group_norm_of(function, input, num_groups, weight, bias, eps, chain):
@@ -44,7 +44,9 @@ def group_norm_of(function, input, num_groups, weight, bias, eps, chain):
     if autocast.is_on(input):
         dtype = autocast.normalised_dtype(input)
         input, weight, bias = autocast.raised(input, weight, bias)
-    output = normalised(input, weight, bias, Sizes.check_num_groups(num_groups), check_eps(eps), chain)
+    num_groups = num_groups if type(num_groups) is int else Sizes.check_num_groups(num_groups)
+    eps = eps if type(eps) is float else check_eps(eps)
+    output = normalised(input, weight, bias, num_groups, eps, chain)
     return output if dtype is None else output.to(dtype)
 
 
@@ -81,6 +83,10 @@ def _shape(tensor):
     return None if tensor is None else tensor.shape
 
 
+def _input_arranged(tensors):
+    return arranged(tensors[0]), *tensors[1:]
+
+
 def _group_norm(call, input, weight, bias, num_groups, eps, chain):
     Sizes.of(input.shape, num_groups, _shape(weight), _shape(bias))
     output = call.empty(input.shape, input, layout_of=input)
@@ -113,8 +119,7 @@ def group_norm_gradients(grad_output, input, weight, statistics, chain, needs):
     """The gradients for input, weight and bias that are needed, None for the others."""
     if not any(needs):
         return [None] * 3
-    tensors = arranged(grad_output, input), input, weight, statistics
-    return spread(needs, GROUP_NORM_BACKWARD(tensors, (chain, tuple(map(bool, needs)))))
+    return spread(needs, GROUP_NORM_BACKWARD((grad_output, input, weight, statistics), (chain, tuple(needs))))
 
 
 def _composed(input, weight, bias, num_groups, eps, chain):
@@ -138,7 +143,7 @@ def normalised_tangent(input, weight, statistics, static, tangents):
         if chain:
             v = pointwise_tangent(input, (), chain, (), (v,))
         value = POINTWISE((input,), (chain, ())) if chain else input
-        (term,) = GROUP_NORM_BACKWARD((arranged(v, value), value, None, statistics), ("", (True, False, False)))
+        (term,) = GROUP_NORM_BACKWARD((v, value, None, statistics), ("", (True, False, False)))
         terms.append(term if weight is None else term * _along_channels(weight, input))
     if weight_tangent is not None:
         terms.append(normalised(input, weight_tangent, None, *static))
@@ -157,8 +162,13 @@ def _batched(batch_size, dims, tensors, static):
         return None
     input = tensors[0].movedim(dims[0], 0)
     images = input.shape[1]
-    output, statistics = GROUP_NORM((arranged(input.flatten(0, 1)), *tensors[1:]), static)
+    output, statistics = GROUP_NORM((input.flatten(0, 1), *tensors[1:]), static)
     return (output.unflatten(0, (batch_size, images)), statistics.unflatten(1, (batch_size, images))), (0, 1)
+
+
+def _gradient_arranged(tensors):
+    grad_output, input, *others = tensors
+    return arranged(grad_output, input), input, *others
 
 
 def _group_norm_backward(call, grad_output, input, weight, statistics, chain, needs):
@@ -199,7 +209,7 @@ def _second(tensors, directions, needs):
         return [None] * 3
     v, *vectors = directions
     v = None if v is None else arranged(v, input)
-    static = (tuple(map(bool, needs)),)
+    static = (tuple(needs),)
     tensors = grad_output, input, weight, statistics, v, *vectors
     return spread(needs, GROUP_NORM_DOUBLE_BACKWARD(tensors, static))
 
@@ -242,6 +252,7 @@ GROUP_NORM = Operator(
     backward=_gradients,
     jvp=_tangent,
     vmap=_batched,
+    arrange=_input_arranged,
 )
 GROUP_NORM_BACKWARD = Operator(
     "group_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, str functions, "
@@ -250,6 +261,7 @@ GROUP_NORM_BACKWARD = Operator(
     setup_context=_backward_setup,
     backward=_backward_gradients,
     jvp=_backward_tangent,
+    arrange=_gradient_arranged,
 )
 GROUP_NORM_DOUBLE_BACKWARD = Operator(
     "group_norm_double_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, "

@@ -16,6 +16,7 @@ from torch._C import _get_tracing_state as tracing_state
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from ..runtime import ALIGNMENT, Plans
 from .dlpack import Recording, to_array
@@ -43,9 +44,13 @@ class Operator:
             tensors in a row, None where there is none. `ctx.needs` tells which are needed.
         jvp: called as jvp(ctx, tangents) with the tangents of all tensors; returns those of the outputs.
         vmap: called as vmap(batch_size, dims, tensors, static), returns (outputs, their dims), or None for a loop.
+        arrange: called as arrange(tensors), returns all tensors in a row as the body would have them: copied to another
+            layout, or as they are. A differentiable step before the operator. What it returns as it is must follow
+            from shapes, strides and dtypes, because calls of a kind that went before without a copy skip it. Default:
+            every layout will do.
     """
 
-    def __init__(self, schema, body, *, setup_context=None, backward=None, jvp=None, vmap=None):
+    def __init__(self, schema, body, *, setup_context=None, backward=None, jvp=None, vmap=None, arrange=None):
         self.name, _, rest = schema.partition("(")
         kinds, names = zip(*(argument.split() for argument in rest.partition(")")[0].split(", ")), strict=True)
         self._names = names
@@ -54,6 +59,7 @@ class Operator:
         self._has_precision = "precision)" in schema  # the last argument
         self._body, self._setup_context = body, setup_context or _nothing_saved
         self._backward, self._jvp, self._vmap = backward, jvp, vmap
+        self._arrange = arrange or _as_they_are
         self._plans = Plans()
         self._function, self._transformable = self._functions()
         self._apply = super(torch.autograd.Function, self._function).apply  # without the checks for transforms
@@ -63,15 +69,22 @@ class Operator:
 
     def __call__(self, tensors, static=()):
         """The outputs for all tensors in a row, and the other arguments as a tuple of hashable values."""
-        if torch.compiler.is_compiling():
-            return self._dispatch(tensors, static)
-        if is_plain(tensors):
+        if is_dynamo_compiling() or not is_plain(tensors):
+            return self._not_plain(self._arrange(tensors), static)
+        key, addresses = self._kind(tensors, static)
+        plan = self._plans.get(key)
+        if plan is None:  # the only calls that may need another layout
+            tensors = self._arrange(tensors)
             key, addresses = self._kind(tensors, static)
             if addresses is None:
                 return self(_with_memory(self._names_of(tensors), tensors), static)
-            if needs_gradient(tensors):
-                return self._apply(*tensors, (static, key, addresses))
-            return self._repeated(tensors, key, addresses)
+            plan = self._plans.get(key)
+        if needs_gradient(tensors):
+            return self._apply(*tensors, (plan, key, addresses))
+        return self._decide(key, tensors) if plan is None else plan.repeat(addresses)
+
+    def _not_plain(self, tensors, static):
+        """The outputs by way of what PyTorch has for tensors that are not ordinary."""
         if is_transformed() and not is_inside_rule():
             return self._transformable.apply(*tensors, static)
         return self._dispatch(tensors, static)
@@ -81,7 +94,8 @@ class Operator:
         key, addresses = self._kind(tensors, static)
         if addresses is None:
             return self._run(_with_memory(self._names_of(tensors), tensors), static)
-        return self._repeated(tensors, key, addresses)
+        plan = self._plans.get(key)
+        return self._decide(key, tensors) if plan is None else plan.repeat(addresses)
 
     def _kind(self, tensors, static):
         """(what a call has in common with all that launch the same, the tensors' addresses).
@@ -103,14 +117,9 @@ class Operator:
                     key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % ALIGNMENT)
         except RuntimeError:
             return None, None
-        if len(set(addresses)) < len(addresses):
+        if len(tensors) > 1 and len(set(addresses)) < len(addresses):
             key.append(tuple(map(addresses.index, addresses)))  # which tensors are one and the same
         return tuple(key), addresses
-
-    def _repeated(self, tensors, key, addresses):
-        """The outputs: by the launches of an earlier call of this kind, or by the first."""
-        plan = self._plans.get(key)
-        return self._decide(key, tensors) if plan is None else plan.repeat(tensors[0], addresses)
 
     def _decide(self, key, tensors):
         """Runs the body, and remembers what it launched for the next call with this key."""
@@ -158,10 +167,10 @@ class Operator:
         class Bare(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *arguments):
-                tensors, (static, key, addresses) = arguments[:-1], arguments[-1]
-                outputs = operator._repeated(tensors, key, addresses)
+                *tensors, (plan, key, addresses) = arguments
+                outputs = operator._decide(key, tensors) if plan is None else plan.repeat(addresses)
                 ctx.set_materialize_grads(False)
-                operator._setup_context(ctx, tensors, static, outputs)
+                operator._setup_context(ctx, tensors, key[0], outputs)
                 return outputs
 
             @staticmethod
@@ -172,13 +181,14 @@ class Operator:
         class Transformable(torch.autograd.Function):
             @staticmethod
             def forward(*arguments):
-                tensors, static = arguments[:-1], arguments[-1]
+                *tensors, static = arguments
                 return operator._run(tensors, static) if is_plain(tensors) else operator._dispatch(tensors, static)
 
             @staticmethod
             def setup_context(ctx, inputs, output):
+                *tensors, static = inputs
                 ctx.set_materialize_grads(False)
-                operator._setup_context(ctx, inputs[:-1], inputs[-1], output)
+                operator._setup_context(ctx, tensors, static, output)
                 ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
 
             backward = Bare.backward
@@ -191,7 +201,8 @@ class Operator:
 
             @staticmethod
             def vmap(info, in_dims, *arguments):
-                return operator._batch(info.batch_size, in_dims[:-1], arguments[:-1], arguments[-1])
+                *tensors, static = arguments
+                return operator._batch(info.batch_size, in_dims[:-1], tensors, static)
 
         for function in (Bare, Transformable):
             function.__name__ = function.__qualname__ = self.name
@@ -250,6 +261,10 @@ class Operator:
 
 def _nothing_saved(ctx, tensors, static, outputs):
     pass
+
+
+def _as_they_are(tensors):
+    return tensors
 
 
 def refused(message):

@@ -36,8 +36,7 @@ def pointwise_of(input, signature, numbers=(), tensors=()):
         check_chain(input, tensors)
     if tensors or "Softplus" in signature:
         input, *tensors = _autocast(input, tensors, signature)
-        tensors = contiguous(tensors)
-    return POINTWISE((dense(input), *tensors), (signature, numbers))
+    return POINTWISE((input, *tensors), (signature, numbers))
 
 
 def _autocast(input, tensors, signature):
@@ -60,8 +59,7 @@ def pointwise_backward(grad_output, input, tensors, signature, numbers, needs):
 
     Args:
         grad_output: gradient of the value, of the input's shape.
-        input: dense, as `dense` makes it.
-        tensors: the chain's tensors, contiguous.
+        input, tensors: as `POINTWISE` keeps them.
         signature, numbers: of the chain, see `launchers.chain.Chain`.
         needs: which gradients are wanted, as bools for the input and each tensor.
 
@@ -70,10 +68,7 @@ def pointwise_backward(grad_output, input, tensors, signature, numbers, needs):
     """
     if not any(needs):
         return [None] * len(needs)
-    grads = POINTWISE_BACKWARD(
-        (arranged_as(grad_output, input), input, *tensors), (signature, numbers, tuple(map(bool, needs)))
-    )
-    return spread(needs, grads)
+    return spread(needs, POINTWISE_BACKWARD((grad_output, input, *tensors), (signature, numbers, tuple(needs))))
 
 
 def spread(needs, found):
@@ -100,9 +95,14 @@ def _directional(outputs, grad_output, input, tensors, signature, numbers, v, di
     exists = v is not None, *(direction is not None for direction in directions)
     given = [None if direction is None else direction.contiguous() for direction in directions]
     arrays = arranged_as(grad_output, input), input, arranged_as(v, input), *tensors, *given
-    static = signature, numbers, tuple(map(bool, outputs)), exists
+    static = signature, numbers, tuple(outputs), exists
     present = tuple(array for array in arrays if array is not None)
     return spread(outputs, POINTWISE_DOUBLE_BACKWARD(present, static))
+
+
+def _arranged(tensors):
+    input, *operands = tensors
+    return dense(input), *contiguous(operands)
 
 
 def _pointwise(call, input, tensors, signature, numbers):
@@ -113,7 +113,7 @@ def _pointwise(call, input, tensors, signature, numbers):
 
 
 def _pointwise_setup(ctx, tensors, static, output):
-    ctx.signature, ctx.numbers = static
+    ctx.static = static
     ctx.save_for_backward(*tensors)
 
 
@@ -121,12 +121,12 @@ def _pointwise_gradients(ctx, grads):
     if grads[0] is None:
         return [None] * len(ctx.needs)
     input, *tensors = ctx.saved_tensors
-    return pointwise_backward(grads[0], input, tensors, ctx.signature, ctx.numbers, ctx.needs)
+    return pointwise_backward(grads[0], input, tensors, *ctx.static, ctx.needs)
 
 
 def _pointwise_tangent(ctx, tangents):
     input, *tensors = ctx.saved_tensors
-    return pointwise_tangent(input, tensors, ctx.signature, ctx.numbers, tangents)
+    return pointwise_tangent(input, tensors, *ctx.static, tangents)
 
 
 def pointwise_tangent(input, tensors, signature, numbers, tangents):
@@ -143,7 +143,12 @@ def _pointwise_batched(batch_size, dims, tensors, static):
     """One call for the whole batch, unless the chain's tensors are batched."""
     if any(dim is not None for dim in dims[1:]):
         return None
-    return POINTWISE((dense(tensors[0].movedim(dims[0], 0)), *tensors[1:]), static), 0
+    return POINTWISE((tensors[0].movedim(dims[0], 0), *tensors[1:]), static), 0
+
+
+def _backward_arranged(tensors):
+    grad_output, input, *operands = tensors
+    return arranged_as(grad_output, input), input, *operands
 
 
 def _pointwise_backward(call, grad_output, input, tensors, signature, numbers, needs):
@@ -206,6 +211,7 @@ POINTWISE = Operator(
     backward=_pointwise_gradients,
     jvp=_pointwise_tangent,
     vmap=_pointwise_batched,
+    arrange=_arranged,
 )
 POINTWISE_BACKWARD = Operator(
     "pointwise_backward(Tensor grad_output, Tensor input, Tensor[] tensors, str functions, float[] numbers, "
@@ -214,6 +220,7 @@ POINTWISE_BACKWARD = Operator(
     setup_context=_pointwise_backward_setup,
     backward=_pointwise_backward_gradients,
     jvp=_pointwise_backward_tangent,
+    arrange=_backward_arranged,
 )
 POINTWISE_DOUBLE_BACKWARD = Operator(
     "pointwise_double_backward(Tensor[] tensors, str functions, float[] numbers, bool[] needs, bool[] exists) "

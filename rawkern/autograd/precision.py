@@ -21,6 +21,8 @@ def default_precision(tensor):
     """
     if not tensor.is_cuda or tensor.dtype is not torch.float32:
         return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    allowed = conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
+    allowed = _CONV.fp32_precision == "tf32" if _CONV is not None else torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "ieee"
+
+
+_CONV = getattr(torch.backends.cudnn, "conv", None)

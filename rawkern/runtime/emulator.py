@@ -20,6 +20,7 @@ from . import cache
 from .errors import CacheError, CompileError, EmulatorError
 
 _ERROR_BYTES = 1024
+_Error = ctypes.c_char * _ERROR_BYTES
 
 
 class Emulator:
@@ -67,8 +68,8 @@ class Emulator:
     @staticmethod
     def repeat(launches, stream):
         """Runs prepared launches one after the other."""
+        error = _Error()
         for function, params, grid, shared_bytes in launches:
-            error = ctypes.create_string_buffer(_ERROR_BYTES)
             if function(params, grid, shared_bytes, workers(), error, _ERROR_BYTES):
                 raise EmulatorError(error.value.decode())
 
