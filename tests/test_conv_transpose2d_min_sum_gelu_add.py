@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sweep
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -163,6 +164,37 @@ def test_infinities(device):
     assert_parity(*both(options), inputs, device=device)
     inputs["conv_bias"][:] = math.inf
     assert torch.equal(both(options)[0](**inputs), both(options)[1](**inputs))
+
+
+#: What makes minima equal, infinite or no numbers: what it does to the input and the bias.
+SPECIAL = {
+    "ties": lambda x, bias: None,
+    "zeros of both signs": lambda x, bias: (x.zero_(), bias.zero_(), bias[1::2].neg_()),
+    "infinite input": lambda x, bias: x[0, 0, 1].fill_(math.inf),
+    "all infinite": lambda x, bias: bias.fill_(math.inf),
+    "NaN in the input": lambda x, bias: x[0, 0, 1, 2:].fill_(math.nan),
+    "NaN in the bias": lambda x, bias: (bias[70:72].fill_(math.nan), bias[5].fill_(-math.inf)),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("width", [3, 40])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_first_minimum_by_warpgroups(device, special, width, groups):
+    """Values and channels of the kernels for Hopper: several units of 64 channels, the last one not whole."""
+    generator = torch.Generator().manual_seed(width + groups)
+    x = torch.randint(-2, 3, (2, 4 * groups, 3, width), generator=generator) / 2
+    weight = torch.randint(-1, 2, (4 * groups, 150 // groups, 3, 2), generator=generator) / 2
+    bias = torch.randint(-1, 2, (150,), generator=generator) / 2
+    SPECIAL[special](x, bias)
+    expected, first = functional.conv_transpose2d(x, weight, bias, stride=2, groups=groups).double().min(1)
+    geometry = launchers.geometry_of(x.shape, weight.shape, stride=2, groups=groups)
+    arrays = [to_array(value.to(device)) for value in (x, weight, bias)]
+    with sweep.architecture("sm_90a"):
+        values, index = launchers.channel_min(*arrays, geometry, precision="tf32")
+    values, index = (torch.from_dlpack(result).cpu().view(first.shape) for result in (values, index))
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(index.long(), first)
 
 
 @pytest.mark.parametrize("case", ["the model's parameters", "groups in one block", "dilation", "one pixel"])

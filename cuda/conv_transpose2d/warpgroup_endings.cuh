@@ -12,10 +12,13 @@
 // they are stored straight from the registers, 8 or 16 bytes at a time. Otherwise chunks pass through a piece of shared
 // memory of the warp's own, from where lanes run along rows of the output: with 16 bytes each where runs are shorter
 // than 8 (16-bit types, stride 1), with two neighbours where pairs are aligned (other even widths), else with one (odd
-// widths, strides without such a pass); or along channels, where these are the neighbours. No warp waits for another;
-// only the minimum over channels has to meet. The sums of the columns beyond the tile are dropped.
+// widths, strides without such a pass); or along channels, where these are the neighbours. No warp waits for another.
+// The sums of the columns beyond the tile are dropped.
+//
+// The minimum over channels goes another way, all sums at once in the registers, and its warps have to meet.
 #pragma once
 #include "chain.cuh"
+#include "fast_math.cuh"
 #include "moments.cuh"
 #include "nan_min.cuh"
 #include "opaque.cuh"
@@ -717,18 +720,18 @@ struct WarpgroupChannelMin {
   };
 
   // A thread's own columns: threads are neighbours in the output, where phases are interleaved. Where there are fewer
-  // columns than threads, some have none.
+  // columns than threads, two threads have the same, and write the same.
   template <class Gather>
   struct Own {
-    static constexpr int kCount = (Gather::kPhases * Gather::kPixels + kWarpgroup - 1) / kWarpgroup;
+    static constexpr int kColumns = Gather::kPhases * Gather::kPixels;
+    static constexpr int kCount = kColumns < kWarpgroup ? 1 : kColumns / kWarpgroup;
     int phase, pixel;  // of the first one; the others are a multiple of 32 pixels apart
 
     __device__ Own() {
-      int thread = threadIdx.x % kWarpgroup;
-      phase = thread % Gather::kPhases;
-      pixel = thread / Gather::kPhases;
+      int column = threadIdx.x % (kColumns < kWarpgroup ? kColumns : kWarpgroup);
+      phase = column % Gather::kPhases;
+      pixel = column / Gather::kPhases;
     }
-    __device__ bool exist() const { return pixel < Gather::kPixels; }
     __device__ int pixel_of(int i) const { return pixel + i * (kWarpgroup / Gather::kPhases); }
     __device__ int a() const { return pixel / 8 % 4; }
     __device__ int b() const { return pixel / 2 % 4; }
@@ -736,49 +739,62 @@ struct WarpgroupChannelMin {
     __device__ float& in(Columns<Gather>& columns, int i) const {
       return columns.at[phase][pixel_of(i) / 32 * 32 + b() * 8 + a() * 2 + c()];
     }
-    // The lowest of a warp's rows where its minimum was found.
-    __device__ int row(const Finds<Gather>& finds, int i) const {
-      const Unit& lanes = *reinterpret_cast<const Unit*>(finds.at[phase][pixel_of(i) / 32][b()]);
-      int bit = a() * 2 + c();
+    // What the lanes of a warp found, and the lowest row among it.
+    __device__ const Unit& in(const Finds<Gather>& finds, int i) const {
+      return *reinterpret_cast<const Unit*>(finds.at[phase][pixel_of(i) / 32][b()]);
+    }
+    __device__ int row(const Unit& finds) const {
       unsigned found = 0;  // bit 16 (lane % 2) + 8 r + lane / 2 * 2
 #pragma unroll
-      for (int k = 0; k < 4; ++k) found |= (lanes.words[k] >> bit & 0x01010101) << 2 * k;
+      for (int i = 0; i < 4; ++i) found |= (finds.words[i] >> (a() * 2 + c()) & 0x01010101) << 2 * i;
       return __ffs(found | found >> 15) - 1;
     }
   };
 
   const Params& params;
   const WarpgroupParams& gather;
-  T bias[2];      // of a thread's two rows in the next unit, loaded while the one before ends
-  float best[2];  // of a thread's own columns, in the units so far
+  int group_row = 0, first_row = 0;  // of the next unit: jobs are all of a tile's units, in order, for each pass
+  T bias[2];                         // of a thread's two rows in the next unit, loaded while the one before ends
+  float best[2];                     // of a thread's own columns, in the units so far
   int channel[2];
 
   __device__ WarpgroupChannelMin(const Params& params, const WarpgroupParams& gather)
       : params(params), gather(gather), best{}, channel{} {
-    load_bias(WarpRows(gather, 0, 0));
+    load_bias(WarpRows(gather, group_row, first_row));
   }
 
   template <class Gather>
   __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
-                          const TilePlace&, const Job& job, int group_row, int first_row) {
+                          const TilePlace&, const Job& job, int, int) {
     WarpRows rows(gather, group_row, first_row);
-    int warp = threadIdx.x / kWarp;
-    Own<Gather> own;
+    int warp = threadIdx.x / kWarp, first_channel = group_row + first_row;
+    Columns<Gather>*of_warps = &storage.of_warp[warp / 4 * 4], &of_unit = storage.of_unit[warp / 4];
+    Finds<Gather>* finds = &storage.finds[warp / 4 * 4];
     bool last = job.unit == gather.units * gather.groups - 1;
+    Own<Gather> own;
     add_bias<Gather>(sum, rows);
-    load_bias(last ? WarpRows(gather, 0, 0) : rows_after(group_row, first_row));
-    store_minima<Gather>(storage.of_warp[warp], sum, rows.lane);
+    next_rows<Gather>(last);
+    store_minima<Gather>(of_warps[warp % 4], sum, rows.lane);
     named_barrier(1 + job.consumer, kWarpgroup);
-    if (own.exist()) compare(own, storage, job, group_row + first_row);
+    float minima[Own<Gather>::kCount][4];
+    Unit before[Own<Gather>::kCount];
+    load_minima(minima, own, of_warps);
+    load_finds(before, own, finds);
+    store_minima_of_unit(of_unit, own, minima);
     named_barrier(1 + job.consumer, kWarpgroup);
-    find<Gather>(storage.finds[warp], storage.of_unit[job.consumer], sum, rows.lane);
-    if (last) write(own, storage, job);
+    take_channels(own, before);
+    compare<Own<Gather>::kCount>(minima, job, first_channel);
+    find<Gather>(finds[warp % 4], of_unit, sum, rows.lane);
+    if (last) write(own, finds, job);
   }
 
-  __device__ WarpRows rows_after(int group_row, int first_row) const {
-    constexpr int kRows = 4 * kWarpRows;
-    bool next_group = first_row + kRows == gather.units * kRows;
-    return WarpRows(gather, next_group ? group_row + gather.rows : group_row, next_group ? 0 : first_row + kRows);
+  template <class Gather>
+  __device__ void next_rows(bool last) {
+    first_row += Gather::kRows;
+    bool next_group = first_row == gather.units * Gather::kRows;
+    first_row = next_group ? 0 : first_row;
+    group_row = last ? 0 : next_group ? group_row + gather.rows : group_row;
+    load_bias(WarpRows(gather, group_row, first_row));
   }
   __device__ void load_bias(const WarpRows& rows) {
 #pragma unroll
@@ -834,40 +850,54 @@ struct WarpgroupChannelMin {
       }
   }
 
-  // While a channel is wanted, `channel` has the first channel of the warp that has the minimum, and which warp that
-  // is.
+  template <class Gather>
+  __device__ static void load_minima(float (&minima)[Own<Gather>::kCount][4], const Own<Gather>& own,
+                                     Columns<Gather>* of_warps) {
+#pragma unroll
+    for (int i = 0; i < Own<Gather>::kCount; ++i)
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) minima[i][warp] = own.in(of_warps[warp], i);
+  }
+  template <class Gather>
+  __device__ static void store_minima_of_unit(Columns<Gather>& of_unit, const Own<Gather>& own,
+                                              const float (&minima)[Own<Gather>::kCount][4]) {
+#pragma unroll
+    for (int i = 0; i < Own<Gather>::kCount; ++i)
+      own.in(of_unit, i) =
+          smaller_or_nan(smaller_or_nan(minima[i][0], minima[i][1]), smaller_or_nan(minima[i][2], minima[i][3]));
+  }
+
+  // While a channel is wanted, `channel` has the first one of the unit and the warp that has the minimum.
   __device__ static int wanted(int first_channel, int warp) { return ~(first_channel << 2 | warp); }
 
   template <class Gather>
-  __device__ void compare(const Own<Gather>& own, Storage<Gather>& storage, const Job& job, int first_channel) {
-    constexpr int kCount = Own<Gather>::kCount;
-    float smallest[kCount][4];
+  __device__ void load_finds(Unit (&found)[Own<Gather>::kCount], const Own<Gather>& own,
+                             const Finds<Gather>* finds) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+    for (int i = 0; i < Own<Gather>::kCount; ++i) found[i] = own.in(finds[~channel[i] & 3], i);
+  }
+  template <class Gather>
+  __device__ void take_channels(const Own<Gather>& own, const Unit (&found)[Own<Gather>::kCount]) {
 #pragma unroll
-      for (int warp = 0; warp < 4; ++warp) smallest[i][warp] = own.in(storage.of_warp[4 * job.consumer + warp], i);
-    if (job.unit > 0) read_finds(own, storage, job);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float of_two[2] = {smaller_or_nan(smallest[i][0], smallest[i][1]),
-                         smaller_or_nan(smallest[i][2], smallest[i][3])};
-      float unit = smaller_or_nan(of_two[0], of_two[1]);
-      own.in(storage.of_unit[job.consumer], i) = unit;
-      int half = bits_of_result(of_two[0]) == bits_of_result(unit) ? 0 : 2;
-      float first = half ? smallest[i][2] : smallest[i][0];
-      int warp = half + (bits_of_result(first) != bits_of_result(unit));
-      bool better = (job.unit == 0) | (unit < best[i]) | ((unit != unit) & (best[i] == best[i]));
-      best[i] = better ? unit : best[i];
-      channel[i] = better ? wanted(first_channel + warp * kWarpRows, warp) : channel[i];
+    for (int i = 0; i < Own<Gather>::kCount; ++i) {
+      int wanted = ~channel[i], answer = (wanted >> 2) + (wanted & 3) * kWarpRows + own.row(found[i]);
+      channel[i] = wanted < 0 ? channel[i] : answer;
     }
   }
 
-  template <class Gather>
-  __device__ void read_finds(const Own<Gather>& own, Storage<Gather>& storage, const Job& job) {
+  template <int kCount>
+  __device__ void compare(const float (&minima)[kCount][4], const Job& job, int first_channel) {
 #pragma unroll
-    for (int i = 0; i < Own<Gather>::kCount; ++i) {
-      int wanted = ~channel[i], warp = wanted & 3, row = own.row(storage.finds[4 * job.consumer + warp], i);
-      channel[i] = wanted < 0 ? channel[i] : (wanted >> 2) + row;
+    for (int i = 0; i < kCount; ++i) {
+      float unit =
+          smaller_or_nan(smaller_or_nan(minima[i][0], minima[i][1]), smaller_or_nan(minima[i][2], minima[i][3]));
+      int first = 3;  // warp that has it
+#pragma unroll
+      for (int warp = 2; warp >= 0; --warp)
+        first = bits_of_result(minima[i][warp]) == bits_of_result(unit) ? warp : first;
+      bool better = (job.unit == 0) | (unit < best[i]) | ((unit != unit) & (best[i] == best[i]));
+      best[i] = better ? unit : best[i];
+      channel[i] = better ? wanted(first_channel, first) : channel[i];
     }
   }
 
@@ -900,15 +930,16 @@ struct WarpgroupChannelMin {
   }
 
   template <class Gather>
-  __device__ void write(const Own<Gather>& own, Storage<Gather>& storage, const Job& job) {
+  __device__ void write(const Own<Gather>& own, const Finds<Gather>* finds, const Job& job) {
     TilePlace tile = Gather::place(gather, opaque(job.tile));
     ColumnWalk walk(gather, tile, job, 0);
     int64 place[Own<Gather>::kCount];
 #pragma unroll
     for (int i = 0; i < Own<Gather>::kCount; ++i) place[i] = place_of(tile, walk, own.pixel_of(i), own.phase);
     named_barrier(1 + job.consumer, kWarpgroup);
-    if (!own.exist()) return;
-    read_finds(own, storage, job);
+    Unit found[Own<Gather>::kCount];
+    load_finds(found, own, finds);
+    take_channels(own, found);
 #pragma unroll
     for (int i = 0; i < Own<Gather>::kCount; ++i) {
       if (place[i] < 0) continue;
@@ -919,7 +950,8 @@ struct WarpgroupChannelMin {
 
   // Of a column in the output, -1 if it does not exist there.
   __device__ int64 place_of(const TilePlace& tile, const ColumnWalk& walk, int pixel, int phase) const {
-    int row = unsigned(pixel) / unsigned(gather.pitch), column = pixel - row * gather.pitch, image, image_row;
+    int row = int((pixel + 0.5f) * math::fast_reciprocal(float(gather.pitch)));  // far from whole, see Divisor
+    int column = pixel - row * gather.pitch, image, image_row;
     tile.locate(gather, row, image, image_row);
     if (row >= walk.rows_left || image_row >= walk.image_rows || column >= walk.limit - walk.lacks(phase)) return -1;
     return walk.place + (image - tile.image) * gather.out_strides[0] +

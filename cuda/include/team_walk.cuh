@@ -2,8 +2,9 @@
 //
 // A row is cut into slots, and one team of `lanes` neighbouring threads (a power of two, at most a warp) walks a slot,
 // so that few long rows fill the machine as well as many short ones. In contiguous memory a row is one piece, and the
-// lanes of a team read neighbouring elements (16 bytes a lane where `vector` says that everything is aligned). In
-// channels-last memory the elements of a row lie `channels` apart and neighbouring rows are neighbours in memory, so
+// lanes of a team read neighbouring elements, 16 bytes a lane where `vector` says that all arrays begin at a multiple
+// of that; rows may begin anywhere, and what lies before the first and after the last multiple goes element by element.
+// In channels-last memory the elements of a row lie `channels` apart and neighbouring rows are neighbours in memory, so
 // the teams of a warp are interleaved: neighbouring threads walk neighbouring rows.
 //
 // A walk hands over batches of several loads per array, so that enough loads are under way at once.
@@ -92,14 +93,16 @@ struct Batch {
   }
 };
 
+// The positions from `begin` to `end`, packs of kWidth of them at a time.
 template <class T, int kWidth, int kLoads, int kInputs, class Body>
-__device__ inline void walk_packs(const Rows& rows, const Stretch& s, const T* const (&input)[kInputs], Body& body) {
+__device__ inline void walk_packs(const Rows& rows, const Stretch& s, int64 begin, int64 end,
+                                  const T* const (&input)[kInputs], Body& body) {
   int64 stride = int64(rows.lanes) * kWidth;
-  for (int64 p = s.begin + s.place * kWidth; p < s.end; p += kLoads * stride) {
+  for (int64 p = begin + s.place * kWidth; p < end; p += kLoads * stride) {
     Batch<T, kWidth, kLoads, kInputs> batch;
     batch.offset = s.origin + p * s.step;
     batch.stride = stride * s.step;
-    int64 left = ceil_div(s.end - p, stride);
+    int64 left = ceil_div(end - p, stride);
     batch.valid = left < kLoads ? int(left) : kLoads;
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
@@ -113,14 +116,31 @@ __device__ inline void walk_packs(const Rows& rows, const Stretch& s, const T* c
   }
 }
 
+// The first `head` and the last `tail` positions, together less than two packs.
+template <class T, int kInputs, class Body>
+__device__ inline void walk_edges(const Rows& rows, const Stretch& s, int head, int tail,
+                                  const T* const (&input)[kInputs], Body& body) {
+  for (int i = s.place; i < head + tail; i += rows.lanes) {
+    Batch<T, 1, 1, kInputs> batch;
+    batch.offset = s.origin + (i < head ? s.begin + i : s.end - tail + (i - head));
+    batch.stride = 0;
+    batch.valid = 1;
+#pragma unroll
+    for (int array = 0; array < kInputs; ++array) batch.input[array][0].value[0] = input[array][batch.offset];
+    body(batch);
+  }
+}
+
 // Calls body(batch) for all of the thread's elements; kBytes of every array are under way at once where it is aligned.
 template <int kBytes, class T, int kInputs, class Body>
 __device__ inline void walk(const Rows& rows, const Stretch& s, const T* const (&input)[kInputs], Body&& body) {
   constexpr int kWidth = 16 / sizeof(T);
-  if (rows.vector)
-    walk_packs<T, kWidth, kBytes / 16>(rows, s, input, body);
-  else
-    walk_packs<T, 1, kBytes / 8>(rows, s, input, body);
+  if (!rows.vector) return walk_packs<T, 1, kBytes / 8>(rows, s, s.begin, s.end, input, body);
+  int length = int(s.end - s.begin), head = -int(s.origin + s.begin) & kWidth - 1;
+  if (head > length) head = length;
+  int tail = (length - head) % kWidth;
+  if (head + tail > 0) walk_edges(rows, s, head, tail, input, body);
+  walk_packs<T, kWidth, kBytes / 16>(rows, s, s.begin + head, s.end - tail, input, body);
 }
 
 }  // namespace rawkern

@@ -88,8 +88,7 @@ class RowPlan:
             lanes = min(32, _power_of_two(-(-spatial // 8)))
             slot_length = 4096 if rows * (spatial // 4096) >= 4096 else 1024
         slots = max(1, -(-spatial // slot_length))
-        width = 16 // arrays[0].itemsize
-        vector = not channels_last and spatial % width == 0 and not any(pointer(array) % 16 for array in arrays)
+        vector = not channels_last and not any(pointer(array) % 16 for array in arrays)
         warps = -(-rows * lanes // 32) * slots
         fields = (rows, spatial, slots, slot_length, sizes.channels, lanes, channels_last, vector, 0)
         return cls(slots, -(-warps * 32 // THREADS), np.array(fields, ROWS)[()])
