@@ -295,8 +295,8 @@ struct WarpgroupGather {
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
     if (p.channels_last) return stage_channels(p, memory, warp);
     if constexpr (sizeof(T) == 2)
-      if (p.vector == 1) return stage_single_pixels(p, memory, warp);
-    stage_pixels(p, memory, warp);
+      if (p.vector > 1) return stage_pixels(p, memory, warp);
+    stage_single_pixels(p, memory, warp);
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has

@@ -74,8 +74,8 @@ struct alignas(kCount * sizeof(T)) Vector {
   T values[kCount];
 };
 
-// Channels of 32 pixels, row by row as they lie in memory, in units of 16 bytes. Where a unit is found depends on the
-// channel, so that the rows that load_matrices() reads together lie in different banks.
+// 64 channels of 32 16-bit pixels, row by row as they lie in memory, in units of 16 bytes. Where a unit is found
+// depends on the channel, so that the rows that load_matrices_transposed() reads together lie in different banks.
 template <class T>
 struct alignas(128) RawRows {
   static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kRowUnits = kWarp / kUnit;
@@ -84,11 +84,12 @@ struct alignas(128) RawRows {
     return channel * kWarp + (unit ^ channel / kUnit % kRowUnits) * kUnit;
   }
 };
+template <>
+struct RawRows<float> {};  // goes another way
 
-// Channels apart, pixels neighbours (NCHW; float of any strides), first half of the way: asynchronous copies of
-// p.vector pixels each bring a batch of 32 pixels, slab after slab as `Slabs` has them, past the registers. The host
-// sees to it that copies are of 4, 8 or 16 bytes, aligned, and that their pixels are all inside or all outside the
-// image.
+// 16-bit types with channels apart and pixels neighbours (NCHW), first half of the way: asynchronous copies of p.vector
+// pixels each, 2, 4 or 8, bring a batch of 32 pixels, slab after slab as `Slabs` has them, past the registers. The host
+// sees to it that copies are aligned, and that their pixels are all inside or all outside the image.
 template <class T, class Slabs>
 struct PixelSource {
   static constexpr int kSlab = kSwizzledRow / sizeof(T), kUnit = 16 / sizeof(T), kLeast = 4 / sizeof(T);
@@ -157,8 +158,8 @@ struct PixelSource {
   }
 };
 
-// The second half: the batch is read by load_matrices(), which hands every lane four channels of a pixel (float), or
-// eight (16 bits), as they belong together in the stage: one unit of 16 bytes.
+// The second half: the batch is read by load_matrices_transposed(), which hands every lane eight channels of a pixel,
+// as they belong together in the stage: one unit of 16 bytes.
 template <class T>
 struct PixelTurner : StagedPixels {
   static constexpr int kUnits = kSwizzledRow / 16;
@@ -173,71 +174,47 @@ struct PixelTurner : StagedPixels {
   // Units beyond `units` are not multiplied.
   __device__ void turn(const RawRows<T>& raw, unsigned char* stage, int batch, int units) const {
     if (batch + kWarp > count())
-      turn_as<Places::kSome>(raw, stage, batch + lane < count() ? place(batch + lane) : -1, units, T{});
+      turn<Places::kSome>(raw, stage, batch + lane < count() ? place(batch + lane) : -1, units);
     else if (p.in_step[0] * p.in_step[1] > 1)
-      turn_as<Places::kKnown>(raw, stage, place(batch + lane), units, T{});
+      turn<Places::kKnown>(raw, stage, place(batch + lane), units);
     else
-      turn_as<Places::kInOrder>(raw, stage + batch * kSwizzledRow, 0, units, T{});
+      turn<Places::kInOrder>(raw, stage + batch * kSwizzledRow, 0, units);
   }
 
-  // A lane's units of pixels that are a fixed number apart. In order they are found without computing: the swizzle
-  // repeats itself every eight pixels.
-  template <Places kPlaces, int kApart>
+  // A lane's units: of pixel `pixel` and every eighth from there. In order they are found without computing, since the
+  // swizzle repeats itself every eight pixels.
+  template <Places kPlaces>
   struct Target {
     unsigned char* stage;
     int own, pixel, unit;
-    unsigned char* first[8 / kApart];  // of the first eight pixels
+    unsigned char* first;
 
     __device__ Target(unsigned char* stage, int own, int pixel, int unit)
-        : stage(stage), own(own), pixel(pixel), unit(unit) {
-#pragma unroll
-      for (int i = 0; i < 8 / kApart; ++i)
-        first[i] = reinterpret_cast<unsigned char*>(&unit_at(stage, pixel + i * kApart, unit));
-    }
-    // Number `i` of the lane's pixels.
+        : stage(stage),
+          own(own),
+          pixel(pixel),
+          unit(unit),
+          first(reinterpret_cast<unsigned char*>(&unit_at(stage, pixel, unit))) {}
+    // Number `i` of them.
     __device__ void store(int i, const Unit& values) const {
-      constexpr int kRepeat = 8 / kApart;
       if constexpr (kPlaces == Places::kInOrder) {
-        *reinterpret_cast<Unit*>(first[i % kRepeat] + i / kRepeat * (8 * kSwizzledRow)) = values;
+        *reinterpret_cast<Unit*>(first + i * (8 * kSwizzledRow)) = values;
       } else {
-        int to = __shfl_sync(kFullMask, own, pixel + i * kApart);
+        int to = __shfl_sync(kFullMask, own, pixel + i * 8);
         if (kPlaces == Places::kKnown || to >= 0) unit_at(stage, to, unit) = values;
       }
     }
   };
 
-  // float: matrix j has channel 4 u + j of unit u in one of its rows, and four pixels. Rows 0, 1, 2, ... are of units
-  // 0, 4, 1, 5, ...: eight lanes that store together have two units of four pixels, in different banks.
-  __device__ static int unit_of(int row) { return row % 2 * 4 + row / 2; }
+  // Matrix j has channels 8 u + 2 j and 8 u + 2 j + 1 of unit u in two of its rows, and eight pixels.
   template <Places kPlaces>
-  __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int, float) const {
-    constexpr int kGroups = kWarp / 4, kTogether = kGroups / 2;  // more would take too many registers
-    int channel = 4 * unit_of(lane % 8) + lane / 8;
-    Target<kPlaces, 4> target(stage, own, lane % 4, unit_of(lane / 4));
-#pragma unroll
-    for (int first = 0; first < kGroups; first += kTogether) {
-      unsigned words[kTogether][4];
-#pragma unroll
-      for (int g = 0; g < kTogether; ++g) load_matrices(words[g], raw.at + raw.place(channel, first + g));
-#pragma unroll
-      for (int g = 0; g < kTogether; ++g) {
-        Unit values;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values.words[i] = tf32_operand(__uint_as_float(words[g][i]));
-        target.store(first + g, values);
-      }
-    }
-  }
-
-  // 16 bits: matrix j has channels 8 u + 2 j and 8 u + 2 j + 1 of unit u in two of its rows, and eight pixels.
-  template <Places kPlaces, class Element>
-  __device__ void turn_as(const RawRows<T>& raw, unsigned char* stage, int own, int units, Element) const {
+  __device__ void turn(const RawRows<T>& raw, unsigned char* stage, int own, int units) const {
     constexpr int kGroups = kWarp / 8, kTogether = kUnits / 2;
     int channel = lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
 #pragma unroll
     for (int first = 0; first < kUnits; first += kTogether) {
       if (first >= units) break;
-      Target<kPlaces, 8> target(stage, own, lane / 4, first + lane % 4);
+      Target<kPlaces> target(stage, own, lane / 4, first + lane % 4);
       unsigned words[kGroups][4];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) load_matrices_transposed(words[g], raw.at + raw.place(first * 8 + channel, g));
@@ -247,10 +224,11 @@ struct PixelTurner : StagedPixels {
   }
 };
 
-// Both halves for 16-bit pixels that nothing could copy two at a time: rows that begin anywhere, strides. A lane takes
-// the channels of its pixel 32 at a time, in two groups of 16: it loads a group and stores 16 bytes at once. While one
-// group is stored the other one is under way, and then the same group of the next 32 channels or pixels, which may
-// belong to the next slab or tile.
+// Channels apart, everything else: float, and 16-bit pixels that nothing could copy two at a time (rows that begin
+// anywhere, strides). A lane takes the channels of its pixel 32 at a time, in two groups of 16: it loads a group,
+// rounds it and stores 16 bytes at once. While one group is stored the other one is under way, and then the same group
+// of the next 32 channels or pixels, which may belong to the next slab or tile. Measured against the way through shared
+// memory this is as fast in float or faster: there the tensor cores leave least of the bandwidth of shared memory.
 template <class T, class Slabs>
 struct SinglePixels {
   static constexpr int kUnit = 16 / sizeof(T), kGroup = 16, kGroupUnits = kGroup / kUnit, kTurnUnits = 2 * kGroupUnits;
@@ -330,13 +308,20 @@ struct SinglePixels {
 
   __device__ static void store(const T (&values)[kGroup], unsigned char* to, int place, int first) {
 #pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) {
-      Unit unit;
+    for (int u = 0; u < kGroupUnits; ++u) unit_at(to, place, first + u) = unit_of(&values[u * kUnit]);
+  }
+  __device__ static Unit unit_of(const float* values) {
+    Unit unit;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        unit.words[i] = unsigned(values[u * kUnit + 2 * i].bits) | unsigned(values[u * kUnit + 2 * i + 1].bits) << 16;
-      unit_at(to, place, first + u) = unit;
-    }
+    for (int i = 0; i < 4; ++i) unit.words[i] = tf32_operand(values[i]);
+    return unit;
+  }
+  template <class Element>
+  __device__ static Unit unit_of(const Element* values) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
+    return unit;
   }
 };
 

@@ -25,7 +25,7 @@ struct WarpgroupParams {
   int passes;
   int parts, jobs;             // a tile's passes times units are divided among `parts`, each `jobs` of them
   int channels_last;           // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int vector;                  // otherwise: pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
+  int vector;                  // otherwise: 16-bit pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
   int out_vector;              // outputs of a row that one store may write, 1, 2, 4 or 8: neighbours, aligned, and
                                // all or none of them exist; 0: neighbours in memory are channels
   short phase[kMaxPhases][2];  // of each pass, its first phase: row and column

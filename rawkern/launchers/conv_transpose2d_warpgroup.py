@@ -22,7 +22,7 @@ _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
 _WEIGHT_STAGES = 4  # at least
 _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
-_RAW_BYTES = 3 * 4 * 32 * _ROW_BYTES  # of the stagers' buffers
+_RAW_BYTES = {2: 3 * 4 * 32 * _ROW_BYTES, 4: 128}  # of the stagers' buffers, by element size
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
@@ -91,16 +91,16 @@ class Shape:
     phases: int
     pixels: int
 
-    def pool_bytes(self, channel_min):
+    def pool_bytes(self, dtype, channel_min):
         """Shared memory left for staged input and weights, in whole swizzle patterns."""
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
             ending = (_CONSUMER_WARPS + _CONSUMERS) * self.phases * (self.pixels + 4) * 4
             ending += _CONSUMER_WARPS * self.phases * self.pixels * 2
-        return (_SHARED_BYTES - _RAW_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
+        return (_SHARED_BYTES - _RAW_BYTES[dtype.itemsize] - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
-        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
+        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(dtype, channel_min)}"
 
 
 #: What there is. Neighbouring phases are computed together, so that rows of the output are stored whole; few pixels
@@ -208,8 +208,8 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
 
 
 def _alignments(dtype):
-    """Multiples of pixels at which tiles may begin: of as many as one copy of at most 16 bytes brings."""
-    return [2**i for i in range((16 // dtype.itemsize).bit_length())]
+    """Multiples of pixels at which tiles may begin: of as many 16-bit ones as a copy of at most 16 bytes brings."""
+    return (1, 2, 4, 8) if dtype.itemsize == 2 else (1,)
 
 
 def is_faster(plan, other, device):
@@ -339,7 +339,7 @@ class _Work:
         First the stages that keep every slab of both consumers' tiles where it is for all of their jobs, or as many as
         three slabs; then weights, until their latency is hidden; then what is left.
         """
-        pool = shape.pool_bytes(self.channel_min)
+        pool = shape.pool_bytes(self.dtype, self.channel_min)
         most = min(_MAX_STAGES, (pool - _WEIGHT_STAGES * _WEIGHT_BYTES) // stage_bytes)
         if most < 2:
             return None
@@ -555,13 +555,13 @@ def _channels_last(plan, array, strides):
 
 
 def pixels_per_copy(plan, array, strides):
-    """The pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either all
-    inside the image or all outside."""
-    if strides[3] != 1:
+    """The 16-bit pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either
+    all inside the image or all outside."""
+    if strides[3] != 1 or array.itemsize != 2:
         return 1
     fields = plan.fields
     bits = strides[0] | strides[1] | strides[2] | fields["in_size"][1] | fields["in_origin"][1]
-    bits |= runtime.pointer(array) // array.itemsize | 16 // array.itemsize
+    bits |= runtime.pointer(array) // 2 | 8
     if fields["column_tiles"] > 1:
         bits |= fields["tile_columns"] * fields["in_step"][1]
     return bits & -bits
