@@ -61,8 +61,10 @@ def gather_plan(geometry, dtype, precision, multiprocessors, transposed):
     block = block_math.choose(candidates, rows, geometry.batch * pixels, copies, multiprocessors)
     tiles = copies * -(-rows // block.rows) * -(-geometry.batch * pixels // block.columns)
     products = block.rows * block.columns / block.efficiency * depth * taps
-    # An H200's multiprocessor makes 115 products a cycle in TF32 and 150 in 16 bits; taps share what they read.
-    cost = -(-tiles // multiprocessors) * products / (115 if dtype.itemsize == 4 else 150) * (0.7 + 0.4 / taps)
+    # An H200's multiprocessor makes 115 products a cycle in TF32 and 150 in 16 bits; taps share what they read, and
+    # pixels a stride apart are read or written one by one.
+    cost = -(-tiles // multiprocessors) * products / (115 if dtype.itemsize == 4 else 150)
+    cost *= (0.7 + 0.4 / taps) * (0.5 + 0.5 * geometry.stride[1])
     return GatherPlan(
         block=block,
         transposed=transposed,
