@@ -130,7 +130,7 @@ LARGER = {
     "as many stages as slabs that stay": problem(
         1, (120, 12), (5, 128), (1, 3), stride=(3, 1), padding=(2, 1), output_padding=(1, 0), groups=3
     ),
-    "rows of 16 bytes": problem(2, (70, 9), (9, 56), (3, 3), padding=1),
+    "rows of 16 bytes": problem(2, (70, 9), (9, 56), (3, 1), padding=(1, 0)),
     "rows of 8 bytes": problem(2, (34, 9), (6, 20), (3, 3), stride=2),
     "odd rows": problem(2, (70, 9), (4, 71), (3, 3), padding=1),
     "odd rows, 1 x 1": problem(3, (133, 9), (3, 95), (1, 1)),
