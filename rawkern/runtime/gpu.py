@@ -114,8 +114,8 @@ class Gpu:
             raw = module.get_function(kernel.name)
             if kernel.shared_bytes > 48 * 1024:
                 raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
-            self._functions[kernel] = raw.kernel
-        return raw.kernel
+            function = self._functions[kernel] = raw.kernel  # of the current device: not to be looked up outside
+        return function
 
 
 class _Thread(threading.local):
