@@ -94,7 +94,7 @@ struct Elementwise {
   static constexpr int kThreads = 256, kMinBlocks = 2;
   static constexpr int kWidth = 16 / int(sizeof(T)), kUnroll = Body::kInputs == 1 ? 4 : 2;
   static constexpr int kBlockElements = kThreads * kWidth * kUnroll;
-  using V = Values<T, kWidth>;
+  using V = ValueVector<T, kWidth>;
 
   // Where the elements of a block lie among rows and channels.
   struct Place {

@@ -33,7 +33,7 @@ struct __align__(sizeof(T) * kCount) Vector {
 // needed: values that the compiler takes apart where it loads them, in a branch, make it wait for every load before it
 // issues the next one.
 template <class T, int kCount, bool kPairs = sizeof(T) == 2 && kCount % 2 == 0>
-struct __align__(sizeof(T) * kCount) Values {
+struct __align__(sizeof(T) * kCount) ValueVector {
   using A = Accumulator<T>;
   T value[kCount];
 
@@ -44,7 +44,7 @@ struct __align__(sizeof(T) * kCount) Values {
   }
 };
 template <class T, int kCount>
-struct __align__(sizeof(T) * kCount) Values<T, kCount, true> {
+struct __align__(sizeof(T) * kCount) ValueVector<T, kCount, true> {
   Two<T> pair[kCount / 2];
 
   __device__ float get(int i) const { return i % 2 ? pair[i / 2].second() : pair[i / 2].first(); }
@@ -163,7 +163,7 @@ template <class T, int kWidth, int kUnroll, int kInputs, int kOutputs, int kSums
 __device__ inline void walk_channels(Walk& walk, const void* const* inputs, void* const* outputs,
                                      Accumulator<T> (&sums)[kWidth][kSums], Body& body) {
   using A = Accumulator<T>;
-  using V = Values<T, kWidth>;
+  using V = ValueVector<T, kWidth>;
   while (walk.more()) {
     int64 offset[kUnroll];
     V loaded[kUnroll][kInputs];
