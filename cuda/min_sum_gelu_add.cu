@@ -8,7 +8,8 @@
 //
 // Min and Spread move the large tensor once and nothing else of size: their floor is the memory's bandwidth (16 x 128 x
 // 256 x 256 floats: 0.54 GB, 0.13 ms on an H200). Arithmetic is 4 instructions per element, 16-byte loads and stores
-// wherever alignment allows, 4 to 8 loads under way per thread. Reduce and GeluAdd work on 1/C of that. Deterministic.
+// wherever alignment allows, 64 to 128 bytes under way per thread. Reduce and GeluAdd work on 1/C of that.
+// Deterministic.
 #include "index_space.cuh"
 #include "pointwise_functions.cuh"
 
@@ -61,8 +62,10 @@ struct MinParams {
   int unused;
 };
 
-// A thread takes a pack of neighbouring pixels and every `share`th channel; neighbouring threads take neighbouring
-// packs. The threads that share a pixel meet in shared memory.
+// A thread takes kWidth pixels and every `share`th channel; neighbouring threads take what lies next to that. The
+// pixels are neighbours, a pack of 16 bytes, where that is aligned in every channel (packs); otherwise they lie a warp
+// apart, so that the lanes of a warp still read neighbours and a thread has as many bytes under way (singles). The
+// threads that share pixels meet in shared memory.
 template <class T>
 struct MinOfPlanes {
   using A = Accumulator<T>;
@@ -70,7 +73,7 @@ struct MinOfPlanes {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 3;
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr int kLoads = sizeof(T) == 2 ? 4 : 8;   // each of 4 registers, beside kWidth minima
+  static constexpr int kLoads = sizeof(T) == 2 ? 4 : 8;   // each of 16 bytes in all, beside kWidth minima
   static constexpr int kRow = kThreads + kWarp / kWidth;  // spreads a pixel's neighbours over the banks
 
   struct Storage {
@@ -81,60 +84,141 @@ struct MinOfPlanes {
   __device__ static void run(const Params& p) {
     RAWKERN_SHARED(Storage, shared);
     if (p.vector)
-      run_packs<kWidth>(p, shared);
+      run_packs(p, shared);
     else
-      run_packs<1>(p, shared);
+      run_singles(p, shared);
   }
 
-  template <int kPack>
   __device__ static void run_packs(const Params& p, Storage& shared) {
     int packs = kThreads / p.share, pack = threadIdx.x & (packs - 1), first = threadIdx.x / packs;
-    int64 begin = linear_block() * packs * kPack, pixel = begin + pack * kPack;
-    Smallest<A> smallest[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) smallest[i].begin(first);
+    int64 begin = linear_block() * packs * kWidth, pixel = begin + pack * kWidth;
+    Smallest<A> smallest[kWidth];
+    start(smallest, first);
     if (pixel < p.pixels.count) {
       int64 offset[2];
       p.pixels.locate(pixel, offset);
-      see_channels<kPack>(p, p.input + offset[0], first, smallest);
+      see_channels(p, Pack{p.input + offset[0]}, first, smallest);
     }
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      shared.value[i][threadIdx.x] = smallest[i].value;
-      shared.channel[i][threadIdx.x] = smallest[i].channel;
-    }
+    leave(shared, smallest);
     __syncthreads();
-    for (int i = threadIdx.x; i < packs * kPack; i += kThreads) {
+    for (int i = threadIdx.x; i < packs * kWidth; i += kThreads) {
       if (begin + i >= p.pixels.count) break;
-      int place = i / kPack, part = i % kPack;
-      Smallest<A> all{shared.value[part][place], shared.channel[part][place]};
-      for (int other = 1; other < p.share; ++other)
-        all.merge(shared.value[part][place + other * packs], shared.channel[part][place + other * packs]);
-      int64 offset[2];
-      p.pixels.locate(begin + i, offset);
-      p.values[offset[1]] = all.value;
-      if (p.index) p.index[offset[1]] = all.channel;
+      store(p, begin + i, meet(p, shared, i % kWidth, i / kWidth));
     }
   }
 
-  template <int kPack>
-  __device__ static void see_channels(const Params& p, const T* input, int first, Smallest<A> (&smallest)[kPack]) {
+  __device__ static void run_singles(const Params& p, Storage& shared) {
+    // Members of a team, which share pixels, are in different warps.
+    int teams = kThreads / p.share, team = threadIdx.x & (teams - 1), first = threadIdx.x / teams;
+    int64 begin = (linear_block() * teams + team / kWarp * kWarp) * kWidth;  // of the warp's pixels
+    int lane = threadIdx.x % kWarp;
+    int64 size = p.pixels.sizes[p.pixels.dims - 1], in_row = begin - divide(begin, size) * size;
+    bool one_row = in_row + kWarp * kWidth <= size && p.pixels.step(0) == 1 && begin < p.pixels.count;
+    if (one_row) {
+      int64 offset[2];
+      p.pixels.locate(begin, offset);
+      Smallest<A> smallest[kWidth];
+      start(smallest, first);
+      see_channels(p, Row{p.input + offset[0] + lane}, first, smallest);
+      if (p.share == 1) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          int64 place = offset[1] + (i * kWarp + lane) * p.pixels.step(1);
+          p.values[place] = smallest[i].value;
+          if (p.index) p.index[place] = smallest[i].channel;
+        }
+        return;
+      }
+      leave(shared, smallest);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kWidth; ++i) {
+        int64 offset[2], pixel = begin + i * kWarp + lane;
+        Smallest<A> smallest[1];
+        start(smallest, first);
+        if (pixel < p.pixels.count) {
+          p.pixels.locate(pixel, offset);
+          see_channels(p, Single{p.input + offset[0]}, first, smallest);
+        }
+        shared.value[i][threadIdx.x] = smallest[0].value;
+        shared.channel[i][threadIdx.x] = smallest[0].channel;
+      }
+    }
+    if (p.share > 1) __syncthreads();  // otherwise nobody reads what another thread left
+    for (int i = first; i < kWidth; i += p.share) {
+      int64 pixel = begin + i * kWarp + lane;
+      if (pixel < p.pixels.count) store(p, pixel, meet(p, shared, i, team));
+    }
+  }
+
+  // How a thread's values of a channel are loaded, `distance` from those of channel 0.
+  struct Pack {
+    const T* input;
+    __device__ void load(int64 distance, T (&values)[kWidth]) const {
+      Packed<T, kWidth> pack = *reinterpret_cast<const Packed<T, kWidth>*>(input + distance);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) values[i] = pack.value[i];
+    }
+  };
+  struct Row {
+    const T* input;
+    __device__ void load(int64 distance, T (&values)[kWidth]) const {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) values[i] = input[distance + i * kWarp];
+    }
+  };
+  struct Single {
+    const T* input;
+    __device__ void load(int64 distance, T (&values)[1]) const { values[0] = input[distance]; }
+  };
+
+  template <class Places, int kCount>
+  __device__ static void see_channels(const Params& p, const Places& places, int first,
+                                      Smallest<A> (&smallest)[kCount]) {
+    int64 step = p.share * p.channel_stride, distance = first * p.channel_stride;
     for (int channel = first; channel < p.channels; channel += kLoads * p.share) {
-      Packed<T, kPack> loaded[kLoads];
+      T loaded[kLoads][kCount];
 #pragma unroll
       for (int load = 0; load < kLoads; ++load) {
-        int from = channel + load * p.share;
-        if (from < p.channels)
-          loaded[load] = *reinterpret_cast<const Packed<T, kPack>*>(input + from * p.channel_stride);
+        if (channel + load * p.share < p.channels) places.load(distance, loaded[load]);
+        distance += step;
       }
 #pragma unroll
       for (int load = 0; load < kLoads; ++load) {
         int from = channel + load * p.share;
         if (from >= p.channels) continue;
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) smallest[i].see(to_accumulator(loaded[load].value[i]), from);
+        for (int i = 0; i < kCount; ++i) smallest[i].see(to_accumulator(loaded[load][i]), from);
       }
     }
+  }
+
+  template <int kCount>
+  __device__ static void start(Smallest<A> (&smallest)[kCount], int first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) smallest[i].begin(first);
+  }
+  __device__ static void leave(Storage& shared, const Smallest<A> (&smallest)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      shared.value[i][threadIdx.x] = smallest[i].value;
+      shared.channel[i][threadIdx.x] = smallest[i].channel;
+    }
+  }
+  // The minimum over what a team left for its i-th pixel.
+  __device__ static Smallest<A> meet(const Params& p, const Storage& shared, int i, int team) {
+    Smallest<A> all{shared.value[i][team], shared.channel[i][team]};
+    for (int other = 1; other < p.share; ++other) {
+      int place = team + other * (kThreads / p.share);
+      all.merge(shared.value[i][place], shared.channel[i][place]);
+    }
+    return all;
+  }
+  __device__ static void store(const Params& p, int64 pixel, const Smallest<A>& smallest) {
+    int64 offset[2];
+    p.pixels.locate(pixel, offset);
+    p.values[offset[1]] = smallest.value;
+    if (p.index) p.index[offset[1]] = smallest.channel;
   }
 };
 
@@ -242,7 +326,7 @@ struct Reduce {
     if (member > 0 || output >= p.kept.count) return;
     using A = Accumulator<Output>;
     A total = A(shared.sum[threadIdx.x]);
-    if constexpr (kGelu) total = GeluErf::first(total, to_accumulator(p.x[output]), p);
+    if constexpr (kGelu) total = GeluErf::first(total, to_accumulator(p.x[output]), NoOperands<A>());
     p.output[slice * p.kept.count + offset[1]] = from_accumulator<Output>(total);
   }
 
@@ -284,7 +368,8 @@ struct GeluAdd {
     if (index >= p.space.count) return;
     int64 offset[3];
     p.space.locate(index, offset);
-    p.output[offset[0]] = from_accumulator<T>(GeluErf::value(p.x[offset[1]], p) + to_accumulator(p.bias[offset[2]]));
+    Accumulator<T> gelu = GeluErf::value(p.x[offset[1]], NoOperands<T>());
+    p.output[offset[0]] = from_accumulator<T>(gelu + to_accumulator(p.bias[offset[2]]));
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // What is computed for an element is a Body (Forward, Backward, DoubleBackward); how elements are handed to threads is
 //   Elementwise  a block takes kThreads * kUnroll neighbouring vectors of 16 bytes (single elements where memory is not
-//                aligned or ends), loads all of them, computes, stores. The channel of an element, which chooses the
-//                values of the chain's tensors, costs one 32-bit division per vector.
+//                aligned or ends), loads all of them, computes, stores. The channel of an
+//                element, which chooses the values of the chain's tensors, costs one 32-bit division per vector.
 //   Reducing     warps walk the tensor by channel (channel_walk.cuh) because gradients of the chain's tensors are
 //   summed
 //                on the way; ChannelTotals of channel_sum.cu adds up what the warps leave.
@@ -94,7 +94,7 @@ struct Elementwise {
   static constexpr int kThreads = 256, kMinBlocks = 2;
   static constexpr int kWidth = 16 / int(sizeof(T)), kUnroll = Body::kInputs == 1 ? 4 : 2;
   static constexpr int kBlockElements = kThreads * kWidth * kUnroll;
-  using V = Vector<T, kWidth>;
+  using V = ValueVector<T, kWidth>;
 
   // Where the elements of a block lie among rows and channels.
   struct Place {
@@ -119,76 +119,115 @@ struct Elementwise {
   };
   static constexpr int64 kLarge = int64(1) << 31;
 
+  // Only gradients of gradients are often not there; a kernel that allows for it issues its loads later.
+  static constexpr bool kMayLackInputs = Body::kDirections;
+  __device__ static bool has_inputs(const Params& params) {
+    bool all = true;
+#pragma unroll
+    for (int k = 0; k < Body::kInputs; ++k) all = all && params.inputs[k];
+    return all;
+  }
+
   __device__ static void run(const Params& params) {
     const ChannelLayout& layout = params.layout;
     int64 first = linear_block() * kBlockElements;
     if (first >= layout.total) return;
-    V loaded[kUnroll][Body::kInputs];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      int64 offset = first + (u * kThreads + int(threadIdx.x)) * kWidth;
-#pragma unroll
-      for (int k = 0; k < Body::kInputs; ++k) loaded[u][k] = load(params, k, offset);
-    }
     ChannelValues<Body> values;
     values.operands.load_numbers(params.chain);
     if (Chain::kTensorCount == 0) values.load(params, 0);
     Place place(layout, Chain::kTensorCount > 0 ? first : 0);
+    int end = layout.total - first < kBlockElements ? int(layout.total - first) : kBlockElements, begin = 0;
+    if (layout.vector && (kMayLackInputs || has_inputs(params))) {
+      run_vectors(params, first, end, place, values);
+      begin = end - end % kWidth;
+    }
+    run_elements(params, first, begin, end, place, values);
+  }
+
+  // A thread issues all its loads before it uses any of them: nothing but the end of memory is asked on the way.
+  __device__ static void run_vectors(const Params& params, int64 first, int end, const Place& place,
+                                     ChannelValues<Body>& values) {
+    V loaded[kUnroll][Body::kInputs];
+#pragma unroll
+    for (int k = 0; k < Body::kInputs; ++k) {
+      const T* input = static_cast<const T*>(params.inputs[k]) + first + int(threadIdx.x) * kWidth;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        int local = (u * kThreads + int(threadIdx.x)) * kWidth;
+        if (kMayLackInputs && !params.inputs[k])
+          loaded[u][k] = V{};
+        else if (local + kWidth <= end)
+          loaded[u][k] = *reinterpret_cast<const V*>(input + u * kThreads * kWidth);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       int local = (u * kThreads + int(threadIdx.x)) * kWidth;
-      if (first + local < layout.total) compute(params, first, local, place, loaded[u], values);
-    }
-  }
-
-  __device__ static V load(const Params& params, int k, int64 offset) {
-    const T* input = static_cast<const T*>(params.inputs[k]) + offset;
-    V vector{};
-    if (!params.inputs[k]) return vector;
-    if (params.layout.vector && offset + kWidth <= params.layout.total) return *reinterpret_cast<const V*>(input);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (offset + i < params.layout.total) vector.value[i] = input[i];
-    return vector;
-  }
-
-  __device__ static void store(const Params& params, int k, int64 offset, const V& vector) {
-    T* output = static_cast<T*>(params.outputs[k]) + offset;
-    if (!params.outputs[k]) return;
-    if (params.layout.vector && offset + kWidth <= params.layout.total) {
-      *reinterpret_cast<V*>(output) = vector;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (offset + i < params.layout.total) output[i] = vector.value[i];
-  }
-
-  __device__ static void compute(const Params& params, int64 first, int local, const Place& place, const V* loaded,
-                                 ChannelValues<Body>& values) {
-    int64 left = 0, channel = 0;
-    if (Chain::kTensorCount > 0) {
-      channel = place.find(params.layout, local, left);
-      values.load(params, channel);
-    }
-    V result[Body::kOutputs];
-    A unused[Chain::kTensorSlots] = {};
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (Chain::kTensorCount > 0 && left-- == 0) {
-        left = params.layout.inner - 1;
-        if (++channel == params.layout.channels) channel = 0;
+      int64 left = 0, channel = 0;
+      if (Chain::kTensorCount > 0) {
+        channel = place.find(params.layout, local, left);
         values.load(params, channel);
       }
-      A in[Body::kInputs], out[Body::kOutputs];
+      A results[Body::kOutputs][kWidth];
 #pragma unroll
-      for (int k = 0; k < Body::kInputs; ++k) in[k] = to_accumulator(loaded[k].value[i]);
-      Body::apply(in, out, unused, values.operands, values.directions);
+      for (int i = 0; i < kWidth; ++i) {
+        if (Chain::kTensorCount > 0 && left-- == 0) {
+          left = params.layout.inner - 1;
+          if (++channel == params.layout.channels) channel = 0;
+          values.load(params, channel);
+        }
+        A in[Body::kInputs], out[Body::kOutputs];
 #pragma unroll
-      for (int k = 0; k < Body::kOutputs; ++k) result[k].value[i] = from_accumulator<T>(out[k]);
+        for (int k = 0; k < Body::kInputs; ++k) in[k] = loaded[u][k].get(i);
+        apply(in, out, values);
+#pragma unroll
+        for (int k = 0; k < Body::kOutputs; ++k) results[k][i] = out[k];
+      }
+#pragma unroll
+      for (int k = 0; k < Body::kOutputs; ++k) {
+        V result;
+        result.set(results[k]);
+        if (params.outputs[k] && local + kWidth <= end)
+          *reinterpret_cast<V*>(static_cast<T*>(params.outputs[k]) + first + local) = result;
+      }
     }
+  }
+
+  // One at a time, kUnroll of them under way: where memory is not aligned, and the last ones.
+  __device__ static void run_elements(const Params& params, int64 first, int begin, int end, const Place& place,
+                                      ChannelValues<Body>& values) {
+#pragma unroll 1
+    for (int base = begin + threadIdx.x; base < end; base += kUnroll * kThreads) {
+      A in[kUnroll][Body::kInputs];
 #pragma unroll
-    for (int k = 0; k < Body::kOutputs; ++k) store(params, k, first + local, result[k]);
+      for (int u = 0; u < kUnroll; ++u) {
+        int local = base + u * kThreads;
+#pragma unroll
+        for (int k = 0; k < Body::kInputs; ++k) {
+          const T* input = static_cast<const T*>(params.inputs[k]) + first;
+          in[u][k] = local < end && params.inputs[k] ? to_accumulator(input[local]) : A(0);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        int local = base + u * kThreads;
+        if (local >= end) break;
+        if (Chain::kTensorCount > 0) {
+          int64 left;
+          values.load(params, place.find(params.layout, local, left));
+        }
+        A out[Body::kOutputs];
+        apply(in[u], out, values);
+#pragma unroll
+        for (int k = 0; k < Body::kOutputs; ++k)
+          if (params.outputs[k]) static_cast<T*>(params.outputs[k])[first + local] = from_accumulator<T>(out[k]);
+      }
+    }
+  }
+
+  __device__ static void apply(const A* in, A* out, const ChannelValues<Body>& values) {
+    A unused[Chain::kTensorSlots] = {};
+    Body::apply(in, out, unused, values.operands, values.directions);
   }
 };
 

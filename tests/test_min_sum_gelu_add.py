@@ -42,6 +42,8 @@ def laid_out(x, layout):
         holes = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
         holes[..., ::2] = x
         return holes[..., ::2]
+    if layout == "cut":
+        return torch.cat([x, x[..., :2]], 3)[..., : x.shape[-1]]
     if layout == "expanded":
         return x[:, :, :1].expand(x.shape)
     return x.contiguous()
@@ -86,15 +88,19 @@ def test_many_dimensions(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cut"])
+@pytest.mark.parametrize("plane", [(3, 16), (5, 211)], ids=str)
 @pytest.mark.parametrize("channels", [1, 7, 32, 70])
-def test_minimum_is_that_of_torch(device, dtype, layout, channels):
-    """Ties, NaN, infinities and signed zeros in every lane's share of the channels."""
+def test_minimum_is_that_of_torch(device, dtype, layout, plane, channels):
+    """Ties, NaN, infinities and signed zeros in every lane's share of the channels.
+
+    In a plane of odd size no pack is aligned: warps whose pixels are all in one row of the pixels, and others.
+    """
     values = torch.tensor([-1.0, -1.0, 0.0, -0.0, math.inf, math.inf, -math.inf, math.nan, 3.0])
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 30.0, 30.0, 0.2, 0.2, 30.0])
     generator = torch.Generator().manual_seed(channels)
-    drawn = torch.multinomial(weights, 2 * channels * 3 * 16, replacement=True, generator=generator)
-    x = laid_out(values[drawn].to(dtype).reshape(2, channels, 3, 16), layout).to(device)
+    drawn = torch.multinomial(weights, 2 * channels * math.prod(plane), replacement=True, generator=generator)
+    x = laid_out(values[drawn].to(dtype).reshape(2, channels, *plane), layout).to(device)
     x[0, :, 0, 0] = math.inf
     x[0, :, 0, 1] = math.nan
     minima, places = launchers.channel_min(as_array(x))

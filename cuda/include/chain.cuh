@@ -87,6 +87,7 @@ struct Chain {
   // The numbers, and the tensors' values for one channel.
   template <class T>
   struct Operands {
+    using Element = T;
     using A = Accumulator<T>;
     A numbers[kNumberSlots];
     A tensors[kTensorSlots];

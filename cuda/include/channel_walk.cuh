@@ -29,6 +29,31 @@ struct __align__(sizeof(T) * kCount) Vector {
   T value[kCount];
 };
 
+// The same for values to compute with. Those of 16 bits stay in the 32-bit words that they are loaded in until they are
+// needed: values that the compiler takes apart where it loads them, in a branch, make it wait for every load before it
+// issues the next one.
+template <class T, int kCount, bool kPairs = sizeof(T) == 2 && kCount % 2 == 0>
+struct __align__(sizeof(T) * kCount) ValueVector {
+  using A = Accumulator<T>;
+  T value[kCount];
+
+  __device__ A get(int i) const { return to_accumulator(value[i]); }
+  __device__ void set(const A (&from)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) value[i] = from_accumulator<T>(from[i]);
+  }
+};
+template <class T, int kCount>
+struct __align__(sizeof(T) * kCount) ValueVector<T, kCount, true> {
+  Two<T> pair[kCount / 2];
+
+  __device__ float get(int i) const { return i % 2 ? pair[i / 2].second() : pair[i / 2].first(); }
+  __device__ void set(const float (&from)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) pair[i / 2] = Two<T>::from(from[i], from[i + 1]);
+  }
+};
+
 // Quotient and remainder of a running number by `divisor`, advanced by a fixed step without dividing anew.
 struct Cursor {
   int64 divisor, quotient, remainder, step_quotient, step_remainder;
@@ -138,7 +163,7 @@ template <class T, int kWidth, int kUnroll, int kInputs, int kOutputs, int kSums
 __device__ inline void walk_channels(Walk& walk, const void* const* inputs, void* const* outputs,
                                      Accumulator<T> (&sums)[kWidth][kSums], Body& body) {
   using A = Accumulator<T>;
-  using V = Vector<T, kWidth>;
+  using V = ValueVector<T, kWidth>;
   while (walk.more()) {
     int64 offset[kUnroll];
     V loaded[kUnroll][kInputs];
@@ -155,19 +180,23 @@ __device__ inline void walk_channels(Walk& walk, const void* const* inputs, void
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (offset[u] < 0) continue;
-      V result[kOutputs > 0 ? kOutputs : 1];
+      A results[kOutputs > 0 ? kOutputs : 1][kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         A value[kInputs], out[kOutputs > 0 ? kOutputs : 1];
 #pragma unroll
-        for (int k = 0; k < kInputs; ++k) value[k] = to_accumulator(loaded[u][k].value[i]);
+        for (int k = 0; k < kInputs; ++k) value[k] = loaded[u][k].get(i);
         body(value, out, sums[i], i);
 #pragma unroll
-        for (int k = 0; k < kOutputs; ++k) result[k].value[i] = from_accumulator<T>(out[k]);
+        for (int k = 0; k < kOutputs; ++k) results[k][i] = out[k];
       }
 #pragma unroll
-      for (int k = 0; k < kOutputs; ++k)
-        if (outputs[k]) *reinterpret_cast<V*>(static_cast<T*>(outputs[k]) + offset[u]) = result[k];
+      for (int k = 0; k < kOutputs; ++k) {
+        if (!outputs[k]) continue;
+        V result;
+        result.set(results[k]);
+        *reinterpret_cast<V*>(static_cast<T*>(outputs[k]) + offset[u]) = result;
+      }
     }
   }
 }

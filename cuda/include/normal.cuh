@@ -42,6 +42,48 @@ __device__ inline double normal_cumulative(double x) { return 0.5 * (1.0 + erf(x
 __device__ inline float exact_normal_cumulative(float x) { return 0.5f * erfcf(-0.70710678118654752440f * x); }
 __device__ inline double exact_normal_cumulative(double x) { return normal_cumulative(x); }
 
+// Phi(x) for results that are rounded to 16 bits: as above with a polynomial of degree 6. It minimises the largest
+// relative error of Phi(-u) over 0 <= u <= 7.5, which is 1.9e-5, a 25th of what rounding to half precision may cost;
+// beyond, where Phi(-u) is below 4e-14, the exponent falls faster than it should, as above. (torch's own 1 + erf is 0
+// from 5.6 on.)
+__device__ inline float brief_normal_cumulative(float x) {
+  float u = fabsf(x);
+  float p = -1.43641205e-6f;
+  p = fmaf(p, u, 5.26291915e-5f);
+  p = fmaf(p, u, -8.51457530e-4f);
+  p = fmaf(p, u, 8.16392340e-3f);
+  p = fmaf(p, u, -0.0531981699f);
+  p = fmaf(p, u, -0.459253550f);
+  p = fmaf(p, u, -1.15096462f);
+  float twice_tail = fast_exp2(p * u);
+  return fabsf(fmaf(-0.5f, twice_tail, x >= 0.0f ? 1.0f : 0.0f));
+}
+__device__ inline double brief_normal_cumulative(double x) { return normal_cumulative(x); }
+
+// The derivative of GELU, Phi(x) + x phi(x), for results that are rounded to 16 bits: 15 instructions instead of 60. At
+// -u, for u >= 0, it is
+//     exp(-u^2 / 2) (r - u) S(1 / (u + 2.4)),   r = 0.75179152 the place where it is zero,
+// because Phi(-u) / phi(u) is smooth and of the order of 1 / u; at u it is 1 less that. S is a polynomial of degree 4,
+// and minimises the largest relative error over 0 <= u <= 13.5, where the exponential ends: 7.4e-6, found as for
+// Phi above. As the zero is a factor of its own and nothing cancels, that is the error relative to the derivative, in
+// the tail too.
+__device__ inline float brief_gelu_derivative(float x) {
+  float t = fast_reciprocal(fabsf(x) + 2.4f);
+  float s = -1.40492773f;
+  s = fmaf(s, t, 1.43287492f);
+  s = fmaf(s, t, 0.443746716f);
+  s = fmaf(s, t, 0.307130426f);
+  s = fmaf(s, t, 0.398757160f);
+  float e = fast_exp2(x * (-0.72134752044448170368f * x));
+  // With r of x's sign, x - r is the factor at negative x and minus it at others. r, which is not zero, tells the sign
+  // of -0.0 as well.
+  float r = copysignf(0.751791524f, x);
+  return fmaf((x - r) * s, e, r > 0.0f ? 1.0f : 0.0f);
+}
+__device__ inline double brief_gelu_derivative(double x) {
+  return normal_cumulative(x) + x * 0.39894228040143267794 * exp(-0.5 * x * x);
+}
+
 // exp(-x^2 / 2) / sqrt(2 pi)
 __device__ inline float normal_density(float x) { return 0.39894228040143267794f * expf(-0.5f * x * x); }
 __device__ inline double normal_density(double x) { return 0.39894228040143267794 * exp(-0.5 * x * x); }

@@ -58,6 +58,25 @@ __device__ inline A magnitude(A x) {
   return fabs(x);
 }
 
+// Zero instead of a value where the condition holds: a selection, where the compiler makes a branch of one that saves
+// it a multiplication.
+__device__ inline float unless(bool condition, float value) {
+#if RAWKERN_GPU
+  float result;
+  asm("{\n"
+      ".reg .pred holds;\n"
+      "setp.ne.s32 holds, %2, 0;\n"
+      "selp.f32 %0, 0f00000000, %1, holds;\n"
+      "}\n"
+      : "=f"(result)
+      : "f"(value), "r"(int(condition)));
+  return result;
+#else
+  return condition ? 0.0f : value;
+#endif
+}
+__device__ inline double unless(bool condition, double value) { return condition ? 0.0 : value; }
+
 // The logistic function at x and its complement 1 - s, both to full relative precision.
 template <class A>
 struct Logistic {
@@ -210,7 +229,7 @@ struct Minimum : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {
-    return x > P::get(o) ? A(0) : (x == P::get(o) ? g / A(2) : g);
+    return math::unless(x > P::get(o), g * (x == P::get(o) ? A(0.5) : A(1)));
   }
 };
 
@@ -226,7 +245,7 @@ struct Maximum : PiecewiseLinear {
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O& o) {
-    return x < P::get(o) ? A(0) : (x == P::get(o) ? g / A(2) : g);
+    return math::unless(x < P::get(o), g * (x == P::get(o) ? A(0.5) : A(1)));
   }
 };
 
@@ -456,15 +475,26 @@ struct Softplus : Function {
   }
 };
 
+// Whether the values that a chain with the operands O begins and ends with are of 16 bits.
+template <class O>
+constexpr bool kIsBrief = sizeof(typename O::Element) == 2;
+
+// Operands where a function is not part of a chain and has none: it computes as for element type T.
+template <class T>
+struct NoOperands {
+  using Element = T;
+};
+
 // x * Phi(x). Products with the density are formed so that they stay 0 where it is 0, and are NaN only at infinities,
 // as in torch.
 struct GeluErf : Function {
   template <class A, class O>
   __device__ static A value(A x, const O&) {
-    return x * math::normal_cumulative(x);
+    return x * (kIsBrief<O> ? math::brief_normal_cumulative(x) : math::normal_cumulative(x));
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O&) {
+    if constexpr (kIsBrief<O>) return g * math::brief_gelu_derivative(x);
     return g * (math::exact_normal_cumulative(x) + x * math::normal_density(x));
   }
   template <class A, class O>

@@ -14,6 +14,8 @@ from .repeat import repeatable
 _THREADS = 256
 #: Blocks that fill any GPU: what a reduction of few outputs is cut into, on every device alike.
 _MANY_BLOCKS = 1024
+#: Threads that fill any GPU.
+_MANY_THREADS = _THREADS * _MANY_BLOCKS
 #: Terms per thread beyond which a reduction is cut into slices.
 _LONG_SUM = 64
 _INT32 = np.dtype("int32")
@@ -313,7 +315,9 @@ def _channel_min(queue, input, values, index):
     else:
         vector = _are_pixels_packs(input.dtype, pixels, strides[1], pointer(input))
         share = max(1, _power_of_two(channels // 4 + 1, 16) // 2)
-        kernel, per_block = _min_of_planes_kernel, _THREADS // share * (wide if vector else 1)
+        if not vector:  # each share locates its pixels anew and waits for the others: no more than fill any GPU
+            share = min(share, _power_of_two(-(-_MANY_THREADS * wide // max(1, pixels[2])), share))
+        kernel, per_block = _min_of_planes_kernel, _THREADS // share * wide
     kernel(input.dtype).launch(
         queue,
         -(-pixels[2] // per_block),
