@@ -16,6 +16,7 @@ from rawkern import launchers, runtime
 from rawkern.autograd.conv_transpose2d import INPUT_GRADIENT, convolution_of
 from rawkern.epilogue import ELU, GELU, Add, Clamp, Minimum, Mul, Sigmoid, SiLU, Tanh
 from rawkern.launchers import conv_transpose2d_direct as direct
+from rawkern.launchers import conv_transpose2d_direct_walk as walk
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.conv_transpose2d import input_gradient, weight_gradient, with_moments
@@ -291,6 +292,48 @@ def test_parity_of_kernels_for_one_shape(case, channels_last, kernel, device):
 @pytest.mark.parametrize("case", ["depthwise with stride", "groups"])
 def test_dtypes_of_kernels_for_one_shape(case, dtype, kernel, device):
     check(TILED[case], dtype, device)
+
+
+#: For direct_walk.cuh: every stride and number of columns stored together, columns that memory does not let be stored
+#: together, edges everywhere, several steps, parts and warps, several outputs of one input channel.
+WALKED = {
+    "no stride": problem(2, (3, 3), (21, 35), (3, 3), padding=1, groups=3),
+    "stride": problem(1, (3, 3), (19, 40), (4, 4), stride=2, padding=1, groups=3),
+    "stride and an odd width": problem(2, (2, 2), (9, 17), (5, 4), stride=2, padding=(3, 0), groups=2),
+    "stride 4": problem(1, (2, 2), (6, 36), (3, 7), stride=(3, 4), padding=(2, 5), output_padding=(0, 3), groups=2),
+    "two channels from each": problem(2, (3, 6), (11, 9), (2, 3), stride=(1, 2), padding=(0, 1), groups=3),
+    "dilated": problem(1, (2, 2), (11, 15), (3, 3), padding=4, dilation=4, groups=2),
+    "stride and dilation share a factor": problem(1, (3, 3), (6, 5), (3, 3), stride=4, dilation=(6, 2), groups=3),
+    "kernel smaller than stride": problem(2, (3, 3), (4, 5), (1, 1), stride=(3, 4), groups=3),
+}
+
+
+@pytest.fixture
+def long_walks(monkeypatch):
+    """Threads take as many steps as there are, as they do in problems that are large enough."""
+    monkeypatch.setattr(walk, "_THREADS_WANTED", 1)
+    walk.walk_plan.cache_clear()
+    yield
+    walk.walk_plan.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", WALKED)
+def test_parity_of_kernels_that_walk(case, channels_last, long_walks, kernel, device):
+    plan = direct.direct_plan(geometry_of(WALKED[case]), np.dtype("float32"), None, True, channels_last)
+    assert isinstance(plan, walk.DirectWalkPlan) and plan.steps > 1
+    inputs = dict(WALKED[case])
+    if channels_last:
+        inputs["input"] = inputs["input"].to(memory_format=torch.channels_last)
+    check(inputs, torch.float32, device)
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["stride", "no stride", "stride 4"])
+def test_dtypes_of_kernels_that_walk(case, dtype, long_walks, kernel, device):
+    check(WALKED[case], dtype, device)
 
 
 @pytest.mark.parametrize("case", TILED)
@@ -668,9 +711,21 @@ def test_two_runs_are_bitwise_equal(kernel, device):
 def test_moments(kernel):
     """Far from zero, where squares would cancel; several tiles and warps, edges in both directions."""
     x, w = draw(2, 3, 21, 40).float().numpy(), draw(3, 5, 3, 3, seed=1).float().numpy()
+    check_moments(x, w, Geometry.of(x.shape, w.shape, stride=2, padding=1), **precision_for(kernel, torch.float32))
+
+
+@pytest.mark.parametrize("kernel", [DIRECT_TILE], indirect=True)
+@pytest.mark.parametrize("way", ["steps", "parts"])
+def test_moments_of_kernels_that_walk(way, request, kernel):
+    if way == "steps":
+        request.getfixturevalue("long_walks")
+    x, w = draw(2, 5, 19, 40).float().numpy(), draw(5, 1, 4, 4, seed=1).float().numpy()
+    check_moments(x, w, Geometry.of(x.shape, w.shape, stride=2, padding=1, groups=5))
+
+
+def check_moments(x, w, geometry, **options):
     bias = np.float32([1e4, -1e4, 0, 1, 2])
-    geometry = Geometry.of(x.shape, w.shape, stride=2, padding=1)
-    out, moments = with_moments(x, w, bias, chain_of((Mul(2.0),)), geometry, **precision_for(kernel, torch.float32))
+    out, moments = with_moments(x, w, bias, chain_of((Mul(2.0),)), geometry, **options)
     values = 2 * out.astype(np.float64).reshape(10, -1)
     count, mean, squares = np.moveaxis(moments, 2, 0)
     assert (count.sum(1) == values.shape[1]).all()

@@ -1,6 +1,6 @@
 // The transposed convolution and its input gradient for few channels per group, on ordinary multiply-adds and without
-// shared memory: any kernel, stride, dilation, layout and size from one compiled kernel. direct_tile.cuh computes the
-// same faster, compiled for one kernel size and stride.
+// shared memory: any kernel, stride, dilation, layout and size from one compiled kernel. direct_tile.cuh and, for one
+// input channel per group, direct_walk.cuh compute the same faster, compiled for one kernel size and stride.
 //
 //     out[n, m, i] = sum over channels k and taps j of in[n, k, position(i, j)] * weight[k, m, tap(j)]
 //

@@ -1,6 +1,7 @@
 """Transposed convolution with few channels per group on arrays: the direct kernels, which use no tensor cores."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from .conv_transpose2d_direct_tile import (
     tile_plan,
     tile_weight_gradient_plan,
 )
+from .conv_transpose2d_direct_walk import DIRECT_WALK, DirectWalkPlan, walk_plan
+from .conv_transpose2d_direct_walk import THREADS as WALK_THREADS
 from .geometry import Geometry
 
 DIRECT = runtime.params(
@@ -131,12 +134,10 @@ def direct_plan(geometry, dtype, precision, transposed, channels_last=False, til
     check_precision(precision)
     if not few_channels(geometry):
         return None
-    if (
-        tiled
-        and _products(geometry) >= MIN_PRODUCTS
-        and (plan := tile_plan(geometry, dtype, transposed, channels_last))
-    ):
-        return plan
+    if tiled and _products(geometry) >= MIN_PRODUCTS:
+        arguments = geometry, dtype, transposed, channels_last
+        if plan := walk_plan(*arguments) or tile_plan(*arguments):
+            return plan
     return _plan(geometry, dtype, transposed)
 
 
@@ -178,6 +179,8 @@ def with_moments(queue, plan, chain, ending, input, weight, out_strides):
     """Stores the convolution and, in ending["moments"], the statistics of a chain applied to it, `plan.slots` each."""
     kernel = _moments_kernel(plan, chain.cpp, chain.params)
     ending = {**ending, "channels": plan.groups * plan.rows}
+    if isinstance(plan, DirectWalkPlan):
+        plan = plan.of_whole_warps()
     _launch(queue, plan, kernel, ending, input, weight, out_strides)
 
 
@@ -199,6 +202,8 @@ def _launch(queue, plan, kernel, ending, gathered, weight, out_strides):
     )
     if isinstance(plan, DirectTilePlan):
         blocks, sizes = plan.blocks, _tile_sizes(plan)
+    elif isinstance(plan, DirectWalkPlan):
+        blocks, sizes = plan.blocks, _walk_sizes(plan)
     else:
         warps = plan.batch * plan.slots
         if kernel.name != _CHANNEL_MIN:  # whose warps see all channels
@@ -216,6 +221,11 @@ def _sizes(plan, warps):
 def _tile_sizes(plan):
     tiles = (plan.width_tiles, plan.height_tiles, plan.row_tiles, plan.group_tiles)
     return (plan.blocks, plan.height, plan.width, plan.groups, plan.depth, plan.rows, *tiles, 0)
+
+
+def _walk_sizes(plan):
+    channels = (plan.groups, plan.rows, plan.units, plan.parts, plan.steps)
+    return (plan.threads, plan.height, plan.width, *channels, 0)
 
 
 @dataclass(frozen=True)
@@ -276,15 +286,18 @@ _CHANNEL_MIN = "conv_transpose2d_direct_channel_min"
 
 def _kernel(plan, name, type, chain, ending, file="direct_forward"):
     """A kernel for a plan: `type` is that of direct.cuh, without its arguments."""
-    tiled = isinstance(plan, DirectTilePlan)
+    family, operands, threads = "Direct", DIRECT, _THREADS
+    if isinstance(plan, DirectTilePlan):
+        family, operands, threads = "DirectTile", DIRECT_TILE, plan.shape.threads
+    elif isinstance(plan, DirectWalkPlan):
+        family, operands, threads = "DirectWalk", DIRECT_WALK, WALK_THREADS
     arguments = ", ".join([plan.arguments, *chain])
-    params = np.dtype([("direct", DIRECT_TILE if tiled else DIRECT), ("ending", ending)], align=True)
     return Kernel(
         name,
         f"conv_transpose2d/{file}.cu",
-        f"{type.replace('Direct', 'DirectTile') if tiled else type}<{arguments}>",
-        plan.shape.threads if tiled else _THREADS,
-        params,
+        f"{type.replace('Direct', family)}<{arguments}>",
+        threads,
+        np.dtype([("direct", operands), ("ending", ending)], align=True),
     )
 
 
@@ -333,12 +346,15 @@ def _weight_gradient_kernel(dtype):
 
 
 #: Arguments of Geometry.of that stand for the endless number of shapes there can be: depthwise, groups with a
-#: dilation and phases without taps, few channels on one side with long sums.
+#: dilation and phases without taps, few channels on one side with long sums, depthwise without a stride, several
+#: outputs of one input channel.
 EXAMPLES = (
     ((2, 3, 9, 35), (3, 1, 4, 4), 2, 1, 0, 3, 1),
     ((1, 2, 19, 18), (2, 1, 7, 7), 1, 3, 0, 2, 1),
     ((2, 16, 5, 12), (16, 16, 3, 5), (2, 3), (1, 2), 0, 2, (2, 1)),
     ((1, 80, 4, 5), (80, 3, 5, 5), 2, 2, 1, 1, 1),
+    ((1, 3, 12, 70), (3, 1, 3, 3), 1, 1, 0, 3, 1),
+    ((2, 2, 7, 9), (2, 2, 5, 4), (3, 4), (1, 2), 0, 2, (2, 1)),
 )
 
 
@@ -359,10 +375,12 @@ def kernels():
             yield _store_kernel(_plan(geometry, dtype, False), IDENTITY.cpp, IDENTITY.params)
             if dtype == runtime.bfloat16:
                 continue  # the tiles of float16
-            yield _moments_kernel(tile_plan(geometry, dtype, True, False), gelu.cpp, gelu.params)
+            for plan in filter(None, (make(geometry, dtype, True, False) for make in (tile_plan, walk_plan))):
+                yield _moments_kernel(plan, gelu.cpp, gelu.params)
+                yield _store_kernel(plan, chains[1].cpp, chains[1].params)
             for channels_last in (False, True):
-                for transposed in (True, False):
-                    plan = tile_plan(geometry, dtype, transposed, channels_last)
-                    yield _store_kernel(plan, IDENTITY.cpp, IDENTITY.params)
+                for make, transposed in itertools.product((tile_plan, walk_plan), (True, False)):
+                    if plan := make(geometry, dtype, transposed, channels_last):
+                        yield _store_kernel(plan, IDENTITY.cpp, IDENTITY.params)
                 yield _tile_weight_gradient_kernel(tile_weight_gradient_plan(geometry, dtype, channels_last))
         yield _weight_gradient_kernel(dtype)

@@ -188,16 +188,19 @@ class DirectTilePlan:
         return f"{cpp_type(self.dtype)}, {self.height_axis.cpp}, {self.width_axis.cpp}, {self.shape.cpp}"
 
 
+def tile_axes(geometry, transposed):
+    """The axes (height, width) that a geometry's kernel is compiled for."""
+    sizes = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    return [TileAxis(transposed, kernel, stride, dilation if kernel > 1 else 1) for kernel, stride, dilation in sizes]
+
+
 @functools.lru_cache(maxsize=4096)
 def tile_plan(geometry, dtype, transposed, channels_last):
     """The plan for a geometry, element type and order of memory; None if its inputs do not fit into shared memory."""
     in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
     depth, rows = (in_channels, out_channels) if transposed else (out_channels, in_channels)
     size = geometry.output_size if transposed else geometry.input_size
-    axes = [
-        TileAxis(transposed, kernel, stride, dilation if kernel > 1 else 1)
-        for kernel, stride, dilation in zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
-    ]
+    axes = tile_axes(geometry, transposed)
     problem = _Problem(dtype, *axes, *size, depth, rows, geometry.groups, channels_last)
     shape = problem.shape()
     if shape is None:
