@@ -5,6 +5,7 @@
 // pixels), then finish(). The lanes of a warp have the same channels, so that an ending may combine them.
 #pragma once
 #include "endings.cuh"
+#include "opaque.cuh"
 
 namespace rawkern {
 
@@ -16,6 +17,20 @@ struct DirectPlace {
 
   __device__ bool has(int pixel) const { return pixel >= first && pixel < end; }
 };
+
+// The place of the next pixel, by a sum: in bytes, as elements would be summed up first and then scaled each time.
+template <class T>
+__device__ inline T* next_pixel(T* at, int64 step) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(at) + opaque(step * int64(sizeof(T))));
+}
+
+// Stores the pixels of one channel.
+template <class T, int kPixels>
+__device__ inline void store_pixels(T* to, const Accumulator<T> (&value)[kPixels], const DirectPlace& at) {
+#pragma unroll
+  for (int m = 0; m < kPixels; ++m, to = next_pixel(to, at.step))
+    if (at.has(m)) *to = from_accumulator<T>(value[m]);
+}
 
 // output = chain(sum + bias), and saved = sum + bias where the backward pass will need it. Same strides for both.
 template <class T, class Chain>
@@ -36,8 +51,6 @@ struct DirectStore {
 
   template <int kRows, int kPixels>
   __device__ void consume(A (&sum)[kRows][kPixels], const DirectPlace& at, int64) {
-    T* output = static_cast<T*>(params.output) + at.place;
-    T* saved = static_cast<T*>(params.saved) + (params.saved ? at.place : 0);
     typename Chain::template Operands<T> operands;
     operands.load_numbers(params.chain);
 #pragma unroll
@@ -46,15 +59,15 @@ struct DirectStore {
       int channel = at.channel + row;
       operands.load_tensors(params.chain, channel);
       A bias = bias_of<T>(params.bias, channel);
-      int64 plane = channel * channel_stride;
+      int64 place = at.place + channel * channel_stride;
 #pragma unroll
-      for (int m = 0; m < kPixels; ++m) {
-        if (!at.has(m)) continue;
-        A value = sum[row][m] + bias;
-        int64 offset = plane + m * at.step;
-        if (params.saved) saved[offset] = from_accumulator<T>(value);
-        output[offset] = from_accumulator<T>(Chain::template value<T>(value, operands));
-      }
+      for (int m = 0; m < kPixels; ++m) sum[row][m] += bias;
+      if (params.saved) store_pixels(static_cast<T*>(params.saved) + place, sum[row], at);
+      // One pixel's function after the other, lest long ones want registers all at once.
+      T* output = static_cast<T*>(params.output) + place;
+#pragma unroll
+      for (int m = 0; m < kPixels; ++m, output = next_pixel(output, at.step))
+        if (at.has(m)) *output = from_accumulator<T>(Chain::template value<T>(sum[row][m], operands));
     }
   }
 
@@ -94,12 +107,13 @@ struct DirectStoreWithMoments {
       if (row >= at.rows) break;
       typename Chain::template Operands<T> operands(params.chain, at.channel + row);
       A bias = bias_of<T>(params.bias, at.channel + row);
+      T* to = output + (at.channel + row) * channel_stride;
       A own = 0;
 #pragma unroll
-      for (int m = 0; m < kPixels; ++m) {
+      for (int m = 0; m < kPixels; ++m, to = next_pixel(to, at.step)) {
         if (!at.has(m)) continue;
         T stored = from_accumulator<T>(sum[row][m] + bias);
-        output[(at.channel + row) * channel_stride + m * at.step] = stored;
+        *to = stored;
         sum[row][m] = Chain::template value<T>(to_accumulator(stored), operands);
         own = sum[row][m];
       }
