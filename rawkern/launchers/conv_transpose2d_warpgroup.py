@@ -319,7 +319,7 @@ class _Work:
             return
         tile = shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels
         for parts in self._parts(shape, tiles):
-            cost = self._cost(shape, parts, tiles, staged_rows * planes * pitch, *rings)
+            cost = self._cost(shape, parts, tiles, columns, staged_rows * planes * pitch, *rings)
             yield _Tile(*tile, parts, *rings, cost)
 
     def _parts(self, shape, tiles):
@@ -359,36 +359,41 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, parts, tiles, staged_pixels, stages, weight_stages):
+    def _cost(self, shape, parts, tiles, columns, staged_pixels, stages, weight_stages):
         """Cycles of a multiprocessor, within a fifth: fitted to the times of 490 plans for 17 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 160 pass between one tap's
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 170 pass between one tap's
         and the next one's; a stager warp takes some 1800 for each batch of 32 pixels, whichever way they are loaded,
-        except single 16-bit pixels; a copy of weights is 1100 cycles under way; an epilogue takes some 30 for each
-        column, more where phases that are neighbours in memory are computed apart, and two consumers share it. All
-        these are in each other's way, the more so the closer they are.
+        except single 16-bit pixels; a copy of weights is 1050 cycles under way; an epilogue takes some 30 for each
+        column (45 in float), more where phases that are neighbours in memory are computed apart, and two consumers
+        share it. Memory is read and written in sectors of 32 bytes, which short rows waste. All these are in each
+        other's way, the more so the closer they are.
         """
         jobs = self._jobs(shape) // parts
         units = self.units * self.groups_per_tile / parts
         slices = (self.slabs - 1) * 4 + self.last_slices
         steps = self.steps * units
-        multiply = steps * (slices * shape.pixels / 2 + 160 * self.slabs) + 1100 * jobs
+        row_bytes = columns * self.dtype.itemsize
+        multiply = steps * (slices * shape.pixels / 2 + 170 * self.slabs) + 1150 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         batches = -(-staged_pixels // (_STAGERS * 32))
-        staging = stagings * self.slabs * (batches * self._batch_cycles() + 700)
-        weights = steps * self.slabs * 1100 / (weight_stages - 1)
+        staging = stagings * self.slabs * (batches * self._batch_cycles() + 450)
+        staging *= 1 + 4 / (row_bytes * self.axes[1].in_step)
+        weights = steps * self.slabs * 1050 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
-        epilogue = jobs * shape.phases * shape.pixels * (90 if apart else 30)
+        epilogue = 30 if self.dtype.itemsize == 2 else 45
+        epilogue *= 1 + 40 / (row_bytes * shape.phases)
+        epilogue = jobs * shape.phases * shape.pixels * (epilogue + 50 * apart)
         consumer = multiply + epilogue
-        tile = sum(part**2.4 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 2.4)
+        tile = sum(part**2.6 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 2.6)
         turns = -(-tiles // self.groups_per_tile * parts // self.processors)
         return turns * tile + turns % 2 * consumer / 4  # the last tile has the multiprocessor to itself
 
     def _batch_cycles(self):
         """Of a stager warp, for 32 pixels of a slab."""
         height, width = self.axes
-        cycles = 1800 if self.dtype.itemsize == 4 else {1: 2800, 2: 1800, 4: 1780, 8: 1760}[self.align]
-        return cycles + (300 if height.in_step * width.in_step > 1 else 0)
+        cycles = 1650 if self.dtype.itemsize == 4 else {1: 2600, 2: 1830, 4: 1810, 8: 1790}[self.align]
+        return cycles + (250 if height.in_step * width.in_step > 1 else 0)
 
     def plan(self, tile, transposed):
         height, width = self.axes
