@@ -143,8 +143,7 @@ def direct_plan(geometry, dtype, precision, transposed, channels_last=False, til
 
 def _plan(geometry, dtype, transposed):
     """The plan for direct.cuh, which knows no shape."""
-    in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    depth, rows = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+    depth, rows = geometry.depth_and_rows(transposed)
     per_thread, pixels = _THREAD_TILES[rows > 1]
     size = geometry.output_size if transposed else geometry.input_size
     phases = min(geometry.stride[0], size[0]) if transposed else 1

@@ -197,8 +197,7 @@ def tile_axes(geometry, transposed):
 @functools.lru_cache(maxsize=4096)
 def tile_plan(geometry, dtype, transposed, channels_last):
     """The plan for a geometry, element type and order of memory; None if its inputs do not fit into shared memory."""
-    in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    depth, rows = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+    depth, rows = geometry.depth_and_rows(transposed)
     size = geometry.output_size if transposed else geometry.input_size
     axes = tile_axes(geometry, transposed)
     problem = _Problem(dtype, *axes, *size, depth, rows, geometry.groups, channels_last)

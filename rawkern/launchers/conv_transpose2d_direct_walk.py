@@ -103,8 +103,7 @@ class DirectWalkPlan:
 @functools.lru_cache(maxsize=4096)
 def walk_plan(geometry, dtype, transposed, channels_last):
     """The plan for a geometry, element type and order of memory; None if it does not suit or registers do not do."""
-    in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    depth, rows = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+    depth, rows = geometry.depth_and_rows(transposed)
     if depth > 1 or rows > _MOST_ROWS:
         return None
     height, width = tile_axes(geometry, transposed)

@@ -48,8 +48,7 @@ class GatherPlan:
 @functools.lru_cache(maxsize=4096)
 def gather_plan(geometry, dtype, precision, multiprocessors, transposed):
     """The plan for a geometry and element type; raises ValueError for an unknown precision."""
-    in_channels, out_channels = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    depth, rows = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+    depth, rows = geometry.depth_and_rows(transposed)
     if transposed:
         pairs = list(zip(geometry.output_size, geometry.stride, strict=True))
         phases = math.prod(min(stride, size) for size, stride in pairs)

@@ -186,10 +186,9 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
     tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and check_precision(precision) == "tf32")
     if arch != "sm_90a" or not tensor_core or geometry.batch == 0:
         return None
-    depth, rows = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+    depth, rows = geometry.depth_and_rows(transposed)
     sizes = list(zip(geometry.input_size, geometry.output_size, strict=True))
     if not transposed:
-        depth, rows = rows, depth
         sizes = [size[::-1] for size in sizes]
     height, width = zip(sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     rows_axis = Axis.of(*height[0], *height[1:], transposed, 1)

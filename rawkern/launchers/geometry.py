@@ -161,6 +161,11 @@ class Geometry:
     def weight_shape(self):
         return (self.in_channels, self.out_channels // self.groups, *self.kernel)
 
+    def depth_and_rows(self, transposed):
+        """Channels of a group that a kernel sums over, and channels of a group that it computes."""
+        in_channels, out_channels = self.in_channels // self.groups, self.out_channels // self.groups
+        return (in_channels, out_channels) if transposed else (out_channels, in_channels)
+
     def check_bias(self, shape):
         """Raises RuntimeError unless `shape` is (C_out,)."""
         if tuple(shape) != (self.out_channels,):
