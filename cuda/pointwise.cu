@@ -2,11 +2,10 @@
 //
 // What is computed for an element is a Body (Forward, Backward, DoubleBackward); how elements are handed to threads is
 //   Elementwise  a block takes kThreads * kUnroll neighbouring vectors of 16 bytes (single elements where memory is not
-//                aligned or ends), loads all of them, computes, stores. The channel of an
-//                element, which chooses the values of the chain's tensors, costs one 32-bit division per vector.
+//                aligned or ends), loads all of them, computes, stores. The channel of an element, which chooses the
+//                values of the chain's tensors, costs one 32-bit division per vector.
 //   Reducing     warps walk the tensor by channel (channel_walk.cuh) because gradients of the chain's tensors are
-//   summed
-//                on the way; ChannelTotals of channel_sum.cu adds up what the warps leave.
+//                summed on the way; ChannelTotals of channel_sum.cu adds up what the warps leave.
 // Each input is read and each output written once. Any NVIDIA GPU; bound by memory.
 #include "chain.cuh"
 #include "channel_walk.cuh"

@@ -835,7 +835,7 @@ struct WarpgroupChannelMin {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float* two_rows = &sum[phase][block * 16 + i / 2 * 4 + i % 2];
-          smallest[i] = smaller_or_nan(two_rows[0], two_rows[2]);
+          smallest[i] = math::smaller(two_rows[0], two_rows[2]);
         }
 #pragma unroll
         for (int half = 4; half > 0; half /= 2) {
@@ -843,13 +843,16 @@ struct WarpgroupChannelMin {
 #pragma unroll
           for (int i = 0; i < half; ++i) {
             float keep = upper ? smallest[i + half] : smallest[i], give = upper ? smallest[i] : smallest[i + half];
-            smallest[i] = smaller_or_nan(keep, __shfl_xor_sync(kFullMask, give, 4 * half));
+            smallest[i] = math::smaller(keep, __shfl_xor_sync(kFullMask, give, 4 * half));
           }
         }
         columns.at[phase][block * 32 + lane % 4 * 8 + lane / 4] = smallest[0];
       }
   }
 
+  __device__ static float smallest_of_warps(const float (&minima)[4]) {
+    return math::smaller(math::smaller(minima[0], minima[1]), math::smaller(minima[2], minima[3]));
+  }
   template <class Gather>
   __device__ static void load_minima(float (&minima)[Own<Gather>::kCount][4], const Own<Gather>& own,
                                      Columns<Gather>* of_warps) {
@@ -862,9 +865,7 @@ struct WarpgroupChannelMin {
   __device__ static void store_minima_of_unit(Columns<Gather>& of_unit, const Own<Gather>& own,
                                               const float (&minima)[Own<Gather>::kCount][4]) {
 #pragma unroll
-    for (int i = 0; i < Own<Gather>::kCount; ++i)
-      own.in(of_unit, i) =
-          smaller_or_nan(smaller_or_nan(minima[i][0], minima[i][1]), smaller_or_nan(minima[i][2], minima[i][3]));
+    for (int i = 0; i < Own<Gather>::kCount; ++i) own.in(of_unit, i) = smallest_of_warps(minima[i]);
   }
 
   // While a channel is wanted, `channel` has the first one of the unit and the warp that has the minimum.
@@ -889,8 +890,7 @@ struct WarpgroupChannelMin {
   __device__ void compare(const float (&minima)[kCount][4], const Job& job, int first_channel) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      float unit =
-          smaller_or_nan(smaller_or_nan(minima[i][0], minima[i][1]), smaller_or_nan(minima[i][2], minima[i][3]));
+      float unit = smallest_of_warps(minima[i]);
       int first = 3;  // warp that has it
 #pragma unroll
       for (int warp = 2; warp >= 0; --warp)

@@ -23,15 +23,9 @@ struct ChannelLayout {
   int64 vector;       // whether elements may be read 16 bytes at a time
 };
 
-// Values that are loaded and stored as one.
-template <class T, int kCount>
-struct __align__(sizeof(T) * kCount) Vector {
-  T value[kCount];
-};
-
-// The same for values to compute with. Those of 16 bits stay in the 32-bit words that they are loaded in until they are
-// needed: values that the compiler takes apart where it loads them, in a branch, make it wait for every load before it
-// issues the next one.
+// Values that are loaded and stored as one, to compute with. Those of 16 bits stay in the 32-bit words that they are
+// loaded in until they are needed: values that the compiler takes apart where it loads them, in a branch, make it wait
+// for every load before it issues the next one.
 template <class T, int kCount, bool kPairs = sizeof(T) == 2 && kCount % 2 == 0>
 struct __align__(sizeof(T) * kCount) ValueVector {
   using A = Accumulator<T>;

@@ -1,5 +1,4 @@
-// Minima as torch.min has them, for which NaN is smaller than everything: one instruction (sm_80 and later), and
-// whether a number is such a minimum, by its bits.
+// Which numbers are the minimum that math::smaller found, NaN included: by their bits.
 #pragma once
 #include "platform.cuh"
 
@@ -7,17 +6,6 @@ namespace rawkern {
 
 // Of NaN: what all instructions of a GPU return.
 constexpr unsigned kNanBits = 0x7fffffff;
-
-// The smaller of two; NaN if one of them is.
-__device__ inline float smaller_or_nan(float a, float b) {
-#if RAWKERN_GPU
-  float smaller;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
-  return smaller;
-#else
-  return a != a || b != b ? __uint_as_float(kNanBits) : b < a ? b : a;
-#endif
-}
 
 // The bits of what an instruction returned: those of equal numbers are equal, but for zeros of different signs, and so
 // are those of NaN. The compiler does not see that they are the number's: where it does, it takes sums whose bits are

@@ -58,7 +58,6 @@ __device__ inline float brief_normal_cumulative(float x) {
   float twice_tail = fast_exp2(p * u);
   return fabsf(fmaf(-0.5f, twice_tail, x >= 0.0f ? 1.0f : 0.0f));
 }
-__device__ inline double brief_normal_cumulative(double x) { return normal_cumulative(x); }
 
 // The derivative of GELU, Phi(x) + x phi(x), for results that are rounded to 16 bits: 15 instructions instead of 60. At
 // -u, for u >= 0, it is
@@ -79,9 +78,6 @@ __device__ inline float brief_gelu_derivative(float x) {
   // of -0.0 as well.
   float r = copysignf(0.751791524f, x);
   return fmaf((x - r) * s, e, r > 0.0f ? 1.0f : 0.0f);
-}
-__device__ inline double brief_gelu_derivative(double x) {
-  return normal_cumulative(x) + x * 0.39894228040143267794 * exp(-0.5 * x * x);
 }
 
 // exp(-x^2 / 2) / sqrt(2 pi)

@@ -490,7 +490,8 @@ struct NoOperands {
 struct GeluErf : Function {
   template <class A, class O>
   __device__ static A value(A x, const O&) {
-    return x * (kIsBrief<O> ? math::brief_normal_cumulative(x) : math::normal_cumulative(x));
+    if constexpr (kIsBrief<O>) return x * math::brief_normal_cumulative(x);
+    return x * math::normal_cumulative(x);
   }
   template <class A, class O>
   __device__ static A first(A g, A x, const O&) {
