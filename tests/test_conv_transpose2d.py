@@ -1,6 +1,7 @@
 """conv_transpose2d and its gradients: parity with torch, derivatives, layouts, precision modes, epilogues, errors."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rawkern
-from rawkern import launchers, runtime
+from rawkern import launchers
 from rawkern.autograd.conv_transpose2d import INPUT_GRADIENT, convolution_of
 from rawkern.epilogue import ELU, GELU, Add, Clamp, Minimum, Mul, Sigmoid, SiLU, Tanh
 from rawkern.launchers import conv_transpose2d_direct as direct
@@ -136,6 +137,10 @@ LARGER = {
     "odd rows": problem(2, (70, 9), (4, 71), (3, 3), padding=1),
     "odd rows, 1 x 1": problem(3, (133, 9), (3, 95), (1, 1)),
     "long rows": problem(1, (9, 10), (2, 520), (1, 3), padding=(0, 1)),
+    "rows that begin anywhere": problem(3, (72, 24), (7, 45), (3, 3), padding=1),
+    "rows that begin anywhere, stride 2": problem(2, (40, 16), (6, 33), (3, 4), stride=2, padding=1),
+    "rows that begin anywhere, groups": problem(2, (80, 16), (5, 67), (3, 3), padding=(1, 3), groups=2),
+    "rows of 16 bytes, stride 2": problem(2, (40, 16), (6, 24), (4, 4), stride=2, padding=1),
 }
 
 
@@ -175,21 +180,48 @@ def test_channels_far_apart(kernel, tmp_path):
     image = memory.reshape(1, 8, 1, stride)[..., :95]
     image[...] = sweep.numbers(image.shape, np.dtype("float16"))
     weight = sweep.numbers((8, 4, 1, 1), np.dtype("float16"), 1)
-    geometry = Geometry.of(image.shape, weight.shape)
-    plan = warpgroup.plan(geometry, image.dtype, None, "sm_90a", 1, transposed=True)
-    assert warpgroup.pixels_per_copy(plan, image, runtime.element_strides(image)) == 1
+    assert warpgroup.staging_of(image, Geometry.of(image.shape, weight.shape)) == warpgroup.PIXELS
     assert np.array_equal(launchers.conv_transpose2d(image, weight), launchers.conv_transpose2d(image.copy(), weight))
 
 
 @pytest.mark.parametrize("dtype", warpgroup.DTYPES, ids=str)
-def test_every_way_to_copy_rows_is_tried(dtype):
+@pytest.mark.parametrize("way", ["forward", "gradient"])
+def test_every_way_to_stage_the_input_is_tried(way, dtype):
+    """By the tests of parity, in every plan that they come to: with and without planes of a stride."""
     ways = set()
-    for inputs in (CASES | LARGER).values():
+    for inputs, channels_last in itertools.product(LARGER.values(), (False, True)):
         geometry = geometry_of(inputs)
-        plan = warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=True)
-        array = np.zeros(geometry.input_shape, dtype)
-        ways.add(warpgroup.pixels_per_copy(plan, array, runtime.element_strides(array)))
-    assert ways == ({1} if dtype.itemsize == 4 else {1, 2, 4, 8})
+        shape = geometry.input_shape if way == "forward" else geometry.output_shape
+        array = np.zeros(shape, dtype)
+        if channels_last:
+            array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        staging = warpgroup.staging_of(array, geometry)
+        plan = warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=way == "forward", staging=staging)
+        if plan:
+            ways.add((plan.staging, math.prod(plan.fields["in_step"]) > 1))
+    stagings = warpgroup.PIXELS, warpgroup.ROWS, warpgroup.FLAT, warpgroup.CHANNELS
+    assert ways == set(itertools.product(stagings, (False,) if way == "forward" else (False, True)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_the_copy_engine_can_reach(dtype):
+    geometry = Geometry.of((2, 16, 6, 24), (16, 8, 1, 1), groups=2)
+    memory = np.zeros((4, 24, 8, 32), dtype)
+    interleaved = np.zeros((4, 6, 24, 32), dtype)
+
+    def staging(array):
+        return warpgroup.staging_of(array, geometry)
+
+    dense = np.zeros(geometry.input_shape, dtype)
+    last = np.zeros((2, 6, 24, 16), dtype).transpose(0, 3, 1, 2)
+    assert staging(dense) == staging(memory[1:3, :16, 1:7, 8:]) == warpgroup.ROWS
+    assert staging(last) == staging(interleaved[::2, ..., 16:].transpose(0, 3, 1, 2)) == warpgroup.CHANNELS
+    begins_anywhere = np.zeros((2, 16, 6, 25), dtype)[..., :24]
+    assert staging(begins_anywhere) == warpgroup.FLAT
+    assert staging(np.zeros((2, 16, 6, 25), dtype)[..., 1:]) == warpgroup.PIXELS  # not aligned
+    assert staging(np.broadcast_to(np.zeros((1, 16, 6, 25), dtype), (2, 16, 6, 25))[..., :24]) == warpgroup.PIXELS
+    assert staging(np.zeros((2, 16, 6, 48), dtype)[..., ::2]) == warpgroup.PIXELS
+    assert staging(np.zeros((2, 16, 24, 6), dtype).transpose(0, 1, 3, 2)) == warpgroup.PIXELS
 
 
 @pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
@@ -362,6 +394,7 @@ def test_what_no_tile_holds_goes_to_the_kernel_for_all_shapes(case, kernel, devi
 
 #: Beyond what a plan of warpgroup_gather.cuh can say, or what its shared memory holds.
 TOO_LARGE_FOR_WARPGROUPS = TOO_LARGE | {
+    "stride of many phases": problem(1, (17, 18), (3, 4), (3, 3), stride=(3, 33)),
     "many phases and taps": problem(1, (17, 18), (2, 2), (3, 90), stride=(1, 65)),
     "a row that no stage holds": problem(1, (17, 18), (1, 2), (1, 2), stride=(1, 300), dilation=(1, 299)),
 }

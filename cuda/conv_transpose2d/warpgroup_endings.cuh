@@ -60,6 +60,11 @@ struct FragmentBias {
   }
 };
 
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  T values[kCount];
+};
+
 // A thread's part of a chunk, which is 16 rows (channels) of 32 outputs: kGroups groups of 8 base pixels, in kPhases
 // phases each. Of two rows and every group a thread has two neighbouring pixels, a run of kRun outputs.
 template <class Gather>

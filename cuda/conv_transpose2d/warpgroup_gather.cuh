@@ -20,16 +20,18 @@
 // consumer's job is 64 output channels by kPhases * kPixels columns, in 128 registers of each thread. Consumers take
 // turns: while one multiplies, the other one ends its last job (chain of functions, stores), so that the tensor cores
 // never wait for an epilogue. Of the producers, one warp streams the packed weights by bulk copies into a ring, 64 rows
-// of 128 bytes for each slab and tap; three stage the input (warpgroup_staging.cuh). A tile's slabs are staged once for
-// all its jobs if there is room (`resident`), otherwise once per job. Rings of mbarriers connect the roles; all roles
-// walk through the same list of jobs. How many stages and weights there are in shared memory is the plan's choice: a
-// ring of weights too short to hide a copy's latency would set the pace where a phase has few pixels.
+// of 128 bytes for each slab and tap; three stage the input, by the copy engine (warpgroup_boxes.cuh) or pixel by pixel
+// (warpgroup_staging.cuh). A tile's slabs are staged once for all its jobs if there is room (`resident`), otherwise
+// once per job. Rings of mbarriers connect the roles; all roles walk through the same list of jobs. How many stages,
+// boxes and weights there are in shared memory is the plan's choice: a ring of weights too short to hide a copy's
+// latency would set the pace where a phase has few pixels.
 //
 // Zeros stand for pixels outside the image and channels beyond the last. What becomes of the sums is the Ending's
 // business (warpgroup_endings.cuh). Registers move from the producers to the consumers, who need 128 for the sums.
 // Strides are arbitrary; the loads are fastest where pixels or channels are neighbours in memory. Meant for sm_90a.
 #pragma once
 #include "mbarrier.cuh"
+#include "warpgroup_boxes.cuh"
 #include "warpgroup_staging.cuh"
 #include "wgmma.cuh"
 
@@ -56,7 +58,6 @@ struct WarpgroupGather {
   static constexpr int kMinBlocks = 1;
   static constexpr int kRows = 64;
   static constexpr int kSlab = kSwizzledRow / sizeof(T);
-  static constexpr int kRawDepth = 4;
   static constexpr int kWeightBytes = kRows * kSwizzledRow;
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   // What the warpgroups hold together is what the block was launched with, or they wait for registers for ever.
@@ -72,15 +73,19 @@ struct WarpgroupGather {
 
   struct alignas(1024) Memory {
     unsigned char pool[kPoolBytes];
-    RawRows<T> raw[kStagerWarps][kRawDepth];
     typename Ending::template Storage<WarpgroupGather> ending;
     Mbarrier stage_full[kMaxStages], weight_full[kMaxWeightStages];
     Mbarrier empty[kMaxStages + kMaxWeightStages];  // of stages, then of weights
     Mbarrier turn[kConsumers];
+    Mbarrier box_full[kStagerWarps][kMaxBoxes];
+    BoxPlace box_place[kStagerWarps][kMaxBoxes];
 
-    // Stages from the pool's beginning, weights up to its end.
+    // Stages from the pool's beginning, then boxes; weights up to its end.
     __device__ unsigned char* stage(const WarpgroupParams& p, int slot) {
       return pool + slot * p.stage_pixels * kSwizzledRow;
+    }
+    __device__ unsigned char* box(const WarpgroupParams& p, int warp, int slot) {
+      return stage(p, p.stages) + (warp * p.boxes + slot) * p.box_bytes;
     }
     __device__ unsigned char* weights(const WarpgroupParams& p, int slot) {
       return pool + kPoolBytes - (p.weight_stages - slot) * kWeightBytes;
@@ -196,8 +201,10 @@ struct WarpgroupGather {
       tile += kConsumers * step;
     }
 
-    // The slab's first channel in the input, and how many channels from there on belong to the group.
-    __device__ int64 first_channel() const { return int64(group()) * p.depth + slab * kSlab; }
+    __device__ bool exists() const { return tile < p.tiles; }
+    // The slab's first channel in the input, or in its group, and how many channels from there on belong to the group.
+    __device__ int64 first_channel() const { return int64(group()) * p.depth + channel(); }
+    __device__ int channel() const { return slab * kSlab; }
     __device__ int group() const {
       if (!Ending::kAllRows) return at.group;
       if (p.groups == 1) return 0;
@@ -224,58 +231,44 @@ struct WarpgroupGather {
     ring.advance(p.stages);
   }
 
-  // While a slab's copies are under way the one before is rounded and given, if there are stages enough: waiting for a
-  // stage that a consumer gives back only after a slab which has not been given would be waiting for ever. It gives a
-  // slab back after the next one, or, if slabs stay, after all those of both consumers' tiles.
   __device__ static void stage_channels(const WarpgroupParams& p, Memory& memory, int warp) {
-    Slabs slabs(p);
-    ChannelStager<T> stager(p, warp, kStagerWarps);
-    Ring ring, last;
-    int64 count = slabs.count();
-    bool behind = p.stages > (resident(p) ? kConsumers * p.slabs : 2);
-    for (int64 i = 0; i < count + behind; ++i) {
-      if (i < count) {
-        stager.copy(wait_for_stage(p, memory, ring), slabs);
-        slabs.advance();
-        ring.advance(p.stages);
-      }
-      async_commit();
-      if (i < behind) continue;
-      if (behind)
-        async_wait<1>();
-      else
-        async_wait<0>();
-      stager.round(memory.stage(p, last.slot), behind && i < count);
-      give_stage(p, memory, last);
+    if (threadIdx.x % kWarp) return;
+    acquire_tensor_map(static_cast<const TensorMap*>(p.map));
+    Ring ring;
+    for (Slabs slabs(p); slabs.exists(); slabs.advance()) {
+      unsigned char* stage = wait_for_stage(p, memory, ring);
+      copy_channels(slabs, stage, memory.stage_full[ring.slot], warp, kStagerWarps);
+      ring.advance(p.stages);
     }
   }
 
-  // kRawDepth batches of 32 pixels are under way, which may belong to later slabs, while one is turned around.
-  __device__ static void stage_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
-    RawRows<T>* raw = memory.raw[warp];
-    PixelSource<T, Slabs> source(p, warp, kStagerWarps);
-    PixelTurner<T> turner(p);
-    int first = warp * kWarp, count = turner.count(), slot = 0, slab = 0;
-    Ring ring;
+  // p.boxes boxes are under way, which may belong to later slabs, while one is turned around.
+  template <bool kFlat>
+  __device__ static void stage_rows(const WarpgroupParams& p, Memory& memory, int warp) {
+    BoxSource<T, kFlat, Slabs> source(p, warp, kStagerWarps);
+    BoxTurner<T, kFlat> turner(p);
+    BoxWalk walk(p, Box<T, kFlat>::kSegment, warp, kStagerWarps);
+    int64 left = source.slabs.count();
+    int slab = 0;
+    Ring ring, boxes;
 #pragma unroll 1
-    for (int i = 0; i < kRawDepth - 1; ++i) {
-      source.start(raw[i]);
-      async_commit();
-    }
-    for (int64 left = source.slabs.count(); left > 0; --left) {
+    for (int i = 0; i < p.boxes; ++i)
+      source.start(memory.box(p, warp, i), memory.box_place[warp][i], memory.box_full[warp][i]);
+    for (; left > 0; --left) {
       unsigned char* stage = wait_for_stage(p, memory, ring);
       int units = units_of(p, slab);
 #pragma unroll 1
-      for (int batch = first; batch < count; batch += kStagerWarps * kWarp) {
-        int free = slot == 0 ? kRawDepth - 1 : slot - 1;
-        source.start(raw[free]);
-        async_commit();
-        async_wait<kRawDepth - 1>();
+      for (; walk.in_slab(); walk.advance()) {
+        unsigned char* box = memory.box(p, warp, boxes.slot);
+        Mbarrier& full = memory.box_full[warp][boxes.slot];
+        BoxPlace& place = memory.box_place[warp][boxes.slot];
+        mbarrier_wait(full, boxes.parity);
+        turner.turn(box, place, stage, walk, units);
         __syncwarp();
-        turner.turn(raw[slot], stage, batch, units);
-        __syncwarp();
-        slot = slot == kRawDepth - 1 ? 0 : slot + 1;
+        source.start(box, place, full);
+        boxes.advance(p.boxes);
       }
+      walk.next_slab();
       give_stage(p, memory, ring);
       if (++slab == p.slabs) slab = 0;
     }
@@ -293,10 +286,14 @@ struct WarpgroupGather {
   }
 
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
-    if (p.channels_last) return stage_channels(p, memory, warp);
-    if constexpr (sizeof(T) == 2)
-      if (p.vector > 1) return stage_pixels(p, memory, warp);
-    stage_single_pixels(p, memory, warp);
+    if (p.staging == kStageRows)
+      stage_rows<false>(p, memory, warp);
+    else if (p.staging == kStageFlat)
+      stage_rows<true>(p, memory, warp);
+    else if (p.staging == kStageChannels)
+      stage_channels(p, memory, warp);
+    else
+      stage_single_pixels(p, memory, warp);
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has
@@ -340,17 +337,24 @@ struct WarpgroupGather {
                                                   uint64 pixels, int first, int end) {
     if (first == end) return;
     Memory& memory = reader.memory;
-    uint64 weights = reader.next_weights(p), tap = advance_descriptor(pixels, p.offset[first] * kSwizzledRow);
+    first = uniform(first);
+    end = uniform(end);
+    Ring ring = {uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))};
+    pixels = uniform_descriptor(pixels);
+    uint64 weights = matrix_descriptor(memory.weights(p, ring.slot));
+    uint64 tap = advance_descriptor(pixels, p.offset[first] * kSwizzledRow);
+    int offset = p.offset[first + 1];  // of the tap after this one: it takes long to look up
 #pragma unroll 1
     for (int step = first; step < end; ++step) {
-      reader.wait_for_weights();
+      if (!reader.ready) mbarrier_wait(memory.weight_full[ring.slot], ring.parity);
       wgmma_fence();
       wgmma<Operand>(sum, weights, tap);
-      int held = reader.lane == 0 ? kMaxStages + reader.weights.slot : -1;
-      reader.weights.advance(p.weight_stages);
-      reader.ready = mbarrier_test(memory.weight_full[reader.weights.slot], reader.weights.parity);
-      uint64 next_weights = computed_descriptor(reader.next_weights(p));
-      uint64 next_tap = computed_descriptor(advance_descriptor(pixels, p.offset[step + 1] * kSwizzledRow));
+      int held = reader.lane == 0 ? kMaxStages + ring.slot : -1;
+      ring.advance(p.weight_stages);
+      reader.ready = mbarrier_test(memory.weight_full[ring.slot], ring.parity);
+      uint64 next_weights = computed_descriptor(matrix_descriptor(memory.weights(p, ring.slot)));
+      uint64 next_tap = computed_descriptor(advance_descriptor(pixels, offset * kSwizzledRow));
+      offset = p.offset[step + 2];
 #pragma unroll
       for (int k = 1; k < kSlices; ++k)
         wgmma<Operand>(sum, advance_descriptor(weights, k * 32), advance_descriptor(tap, k * 32));
@@ -361,6 +365,7 @@ struct WarpgroupGather {
       weights = next_weights;
       tap = next_tap;
     }
+    reader.weights = ring;
   }
 
   // The same for all phases of a pass.
@@ -455,6 +460,8 @@ struct WarpgroupGather {
       for (int i = 0; i < kMaxWeightStages; ++i) mbarrier_init(memory.weight_full[i], 1);
       for (int i = 0; i < kMaxStages + kMaxWeightStages; ++i) mbarrier_init(memory.empty[i], 4);
       for (int i = 0; i < kConsumers; ++i) mbarrier_init(memory.turn[i], 4);
+      for (int i = 0; i < kStagerWarps * kMaxBoxes; ++i)
+        mbarrier_init(memory.box_full[i / kMaxBoxes][i % kMaxBoxes], 1);
       mbarrier_fence_init();
     }
     __syncthreads();

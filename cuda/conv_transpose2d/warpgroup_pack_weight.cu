@@ -2,6 +2,8 @@
 // output channels, each pass, each slab of input channels and each step (tap) of the pass one tile of 64 rows of 128
 // bytes, swizzled as wgmma.cuh says, rounded to the operand format, padded with zeros.
 //
+// Where the copy engine stages the input, the first block also makes the map by which it does.
+//
 // One thread per 16 bytes; writes are coalesced, reads follow the weights' own strides. The weights are small (and stay
 // in the L2 cache for the kernel that follows), so this is a few microseconds. Meant for sm_90a, runs anywhere.
 #include "warpgroup_tile.cuh"
@@ -24,6 +26,8 @@ struct WarpgroupPackWeight {
     int depth, rows, units_per_group, slabs, passes, kernel_w;
     short pass_step[kMaxPhases + 1];  // first step of each pass
     short tap[kMaxSteps];             // of each step: kh * kernel_w + kw
+    void* map;
+    TensorParams input;  // what the map is of
   };
 
   __device__ static Unit make_unit(const T (&values)[kUnit]) {
@@ -40,6 +44,10 @@ struct WarpgroupPackWeight {
 
   __device__ static void run(const Params& p) {
     int64 index = linear_block() * kThreads + threadIdx.x;
+    if (p.map && index < kWarp) {
+      RAWKERN_SHARED(TensorMap, map);
+      make_tensor_map<T>(static_cast<TensorMap*>(p.map), map, p.input);
+    }
     if (index >= p.count) return;
     int unit = int(index % 8), row = int(index / 8 % kRows);
     int64 tile = index / (8 * kRows);

@@ -1,15 +1,21 @@
 // What the roles of a warpgroup kernel (warpgroup_gather.cuh) agree on: its parameters, where a tile lies, rings of
 // buffers.
 #pragma once
-#include "mma.cuh"
+#include "tensor_copy.cuh"
 
 namespace rawkern {
 
-constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12;
+constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12, kMaxBoxes = 4;
+
+// How the input is staged (warpgroup_staging.cuh). Where its pixels are neighbours, the copy engine brings boxes of
+// rows, or where rows begin anywhere, of the tensor as one long row; where channels are, it brings what is to be
+// multiplied. Otherwise pixel by pixel.
+enum Staging { kStagePixels, kStageRows, kStageFlat, kStageChannels };
 
 struct WarpgroupParams {
   const void* input;
   const void* weight;   // packed (warpgroup_pack_weight.cu)
+  const void* map;      // the input's TensorMap, where the copy engine stages it
   int64 in_strides[4];  // n, c, h, w, in elements
   int64 out_strides[4];
   int tiles;  // less than 2^30
@@ -23,14 +29,16 @@ struct WarpgroupParams {
   int slabs, last_slices;     // slices: of 32 bytes of channels, that the last slab has
   int units;                  // of a group, each 64 output channels
   int passes;
-  int parts, jobs;             // a tile's passes times units are divided among `parts`, each `jobs` of them
-  int channels_last;           // the input's channels are neighbours and can be loaded 16 bytes at a time
-  int vector;                  // otherwise: 16-bit pixels that one copy of 4, 8 or 16 bytes may bring; 1 in any case
+  int parts, jobs;  // a tile's passes times units are divided among `parts`, each `jobs` of them
+  int staging;      // one of Staging
+  int boxes;        // in a ring of each stager warp
+  int box_bytes;
+  int span;                    // pixels of a row, in all its planes: pitch * in_step[1]
   int out_vector;              // outputs of a row that one store may write, 1, 2, 4 or 8: neighbours, aligned, and
                                // all or none of them exist; 0: neighbours in memory are channels
   short phase[kMaxPhases][2];  // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
-  short offset[kMaxSteps + 1];       // of each step, the pixels by which its tap is displaced in the tile; and one more
+  int offset[kMaxSteps + 2];         // of each step, the pixels by which its tap is displaced in the tile; and two more
 };
 
 template <class T>

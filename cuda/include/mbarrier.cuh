@@ -66,6 +66,20 @@ __device__ inline void bulk_copy(void* destination, const void* source, int byte
                : "memory");
 }
 
+// True for one lane of a warp, all of which must be here. The assembler knows that it is one, which spares the loop
+// over lanes that it puts around instructions that take their operands once for a warp, such as copies.
+__device__ inline bool elect_lane() {
+  unsigned elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected;
+}
+
 // A barrier among `threads` threads of the block, a multiple of a warp; `id` from 1 to 15.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -91,6 +105,7 @@ struct Mbarrier {
 inline void mbarrier_init(Mbarrier& barrier, int arrivals) { barrier = Mbarrier{arrivals, arrivals, 0, 0}; }
 inline void mbarrier_fence_init() {}
 inline void fence_async_proxy() {}
+inline bool elect_lane() { return threadIdx.x % kWarp == 0; }
 inline bool mbarrier_test(Mbarrier& barrier, unsigned parity) { return (unsigned(barrier.phase) & 1) != parity; }
 
 namespace emulator {

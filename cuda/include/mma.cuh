@@ -14,25 +14,34 @@ namespace rawkern {
 
 struct Tf32 {};  // names the operand format; its words are float bit patterns
 
-// Rounds to TF32's 10 bits of mantissa, to nearest, ties away from zero. NaN and infinities stay what they are.
+// Rounds to TF32's 10 bits of mantissa, to nearest, ties to even, as the copy engine does (tensor_copy.cuh); before
+// sm_90, which has an instruction for it, ties away from zero. NaN and infinities stay what they are.
 __device__ inline unsigned tf32_round(float value) {
 #if RAWKERN_GPU
   unsigned word;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+#endif
   return word;
 #else
   unsigned word = __float_as_uint(value);
-  if ((word & 0x7f800000u) == 0x7f800000u) return (word & 0x7fffffu) ? 0x7fffe000u : word;
-  return (word + 0x1000u) & 0xffffe000u;
+  if ((word & 0x7f800000u) == 0x7f800000u) return (word & 0x7fffffu) ? word | 0x400000u : word;
+  return (word + 0xfffu + (word >> 13 & 1)) & 0xffffe000u;
 #endif
 }
 
-// The same for an operand of the tensor cores, which ignore the low bits: adds half of the last bit that counts, which
-// is 2^-11 times the value's power of two (of infinities, which stay, infinity). Subnormal numbers are not rounded,
-// only cut.
+// The same for an operand of the tensor cores, which ignore the low bits, in fewer instructions before sm_90: adds half
+// of the last bit that counts, which is 2^-11 times the value's power of two (of infinities, which stay, infinity).
+// Subnormal numbers are then not rounded, only cut.
 __device__ inline unsigned tf32_operand(float value) {
+#if RAWKERN_GPU && __CUDA_ARCH__ < 900
   float power = __uint_as_float(__float_as_uint(value) & 0xff800000u);
   return __float_as_uint(fmaf(power, 1.0f / 2048, value));
+#else
+  return tf32_round(value);
+#endif
 }
 
 #if RAWKERN_GPU

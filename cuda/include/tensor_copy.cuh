@@ -124,12 +124,6 @@ inline void check_tensor_map(const TensorMap& map, Place place) {
   if (!valid) fail("a tensor map that the copy engine does not take", place);
 }
 
-// To TF32.
-inline unsigned rounded_to_even(unsigned word) {
-  if ((word & 0x7f800000u) == 0x7f800000u) return (word & 0x7fffffu) ? word | 0x400000u : word;
-  return (word + 0xfffu + (word >> 13 & 1)) & 0xffffe000u;
-}
-
 inline void tensor_copy(void* destination, const TensorMap* map, const int (&at)[kTensorAxes], Mbarrier& barrier,
                         Place place) {
   const TensorParams& p = map->params;
@@ -153,7 +147,7 @@ inline void tensor_copy(void* destination, const TensorMap* map, const int (&at)
     unsigned value = 0;
     for (int byte = 0; inside && byte < map->bytes; ++byte)
       value |= unsigned(static_cast<unsigned char>(from[byte])) << 8 * byte;
-    if (map->bytes == 4) value = rounded_to_even(value);
+    if (map->bytes == 4) value = tf32_round(__uint_as_float(value));
     uintptr_t place_of = p.swizzle ? to ^ (to / 128 % 8 << 4) : to;
     for (int byte = 0; byte < map->bytes; ++byte)
       reinterpret_cast<unsigned char*>(place_of)[byte] = static_cast<unsigned char>(value >> 8 * byte);

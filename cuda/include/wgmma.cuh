@@ -50,6 +50,10 @@ __device__ inline uint64 computed_descriptor(uint64 descriptor) {
   return descriptor_of(unsigned(opaque(int(descriptor))));
 }
 
+__device__ inline uint64 uniform_descriptor(uint64 descriptor) {
+  return descriptor_of(__shfl_sync(kFullMask, unsigned(descriptor), 0));
+}
+
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kGroups>
@@ -138,6 +142,7 @@ __device__ inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right) 
 inline uint64 matrix_descriptor(const void* start) { return uint64(uintptr_t(start)); }
 inline uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + uint64(int64(bytes)); }
 inline uint64 computed_descriptor(uint64 descriptor) { return descriptor; }
+inline uint64 uniform_descriptor(uint64 descriptor) { return descriptor; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kGroups>

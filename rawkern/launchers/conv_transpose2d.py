@@ -81,7 +81,7 @@ def conv_transpose2d(
         bias=pointer(bias),
         chain=chain.pack(operands, geometry.out_channels),
     )
-    plan = _plan(queue, geometry, input.dtype, precision, channels_last=is_channels_last(out))
+    plan = _plan(queue, geometry, input, precision, channels_last=is_channels_last(out))
     _store(queue, plan, chain, ending, input, weight, element_strides(out))
     return out
 
@@ -105,7 +105,7 @@ def channel_min(input, weight, bias, geometry, *, precision=None, values=None, i
     bias = contiguous(queue, bias)
     ending = dict(values=pointer(values), index=pointer(index), bias=pointer(bias))
     strides = (height * width, 0, width, 1)
-    plan = _plan(queue, geometry, input.dtype, precision, channel_min=True)
+    plan = _plan(queue, geometry, input, precision, channel_min=True)
     if isinstance(plan, warpgroup.Plan):
         warpgroup.launch(queue, plan, warpgroup.channel_min(plan), ending, input, weight, strides)
     elif isinstance(plan, GatherPlan):
@@ -125,7 +125,7 @@ def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=No
     """
     queue = _queue(stream, geometry, input, weight, bias)
     out = _output(queue, geometry, input, out)
-    plan = _plan(queue, geometry, input.dtype, precision, per_image=True)
+    plan = _plan(queue, geometry, input, precision, per_image=True)
     moments = queue.empty((geometry.batch * geometry.out_channels, plan.slots, 3), np.dtype("float64"))
     bias = contiguous(queue, bias)
     ending = dict(
@@ -161,13 +161,13 @@ def input_gradient(grad_output, weight, geometry, *, precision=None, out=None, s
     check_out(out, geometry.input_shape, grad_output.dtype, queue.device)
     ending = dict(output=pointer(out), saved=0, bias=0, chain=IDENTITY.pack())
     channels_last = is_channels_last(out)
-    plan = _plan(queue, geometry, grad_output.dtype, precision, transposed=False, channels_last=channels_last)
+    plan = _plan(queue, geometry, grad_output, precision, transposed=False, channels_last=channels_last)
     _store(queue, plan, IDENTITY, ending, grad_output, weight, element_strides(out))
     return out
 
 
 def _plan(
-    queue, geometry, dtype, precision, *, transposed=True, channels_last=False, channel_min=False, per_image=False
+    queue, geometry, gathered, precision, *, transposed=True, channels_last=False, channel_min=False, per_image=False
 ):
     """The plan by which a problem is computed, from the first family of kernels that serves it.
 
@@ -178,18 +178,20 @@ def _plan(
     3. gather.cuh, products of warps or plain multiply-adds: everything, on every GPU.
 
     Args:
+        gathered: the input, or grad_output.
         transposed: the transposed convolution; else its input gradient.
         channels_last: whether the output is in channels-last memory.
         channel_min: whether the kernel ends in the minimum over channels, so that a block must see all of them.
         per_image: whether it ends in moments of each image, so that a block must not see two.
     """
-    device = queue.device
+    device, dtype = queue.device, gathered.dtype
     few = direct.direct_plan(geometry, dtype, precision, transposed, channels_last, tiled=not channel_min)
     if few:
         return few
     fast = warpgroup.plan(
         geometry, dtype, precision, device.arch, device.multiprocessors,
-        transposed=transposed, channel_min=channel_min, per_image=per_image,
+        transposed=transposed, staging=warpgroup.staging_of(gathered, geometry),
+        channel_min=channel_min, per_image=per_image,
     )  # fmt: skip
     general = gather_plan(geometry, dtype, precision, device.multiprocessors, transposed)
     return fast if fast and warpgroup.is_faster(fast, general, device) else general

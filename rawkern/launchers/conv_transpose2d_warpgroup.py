@@ -15,21 +15,23 @@ from .. import runtime
 from ..runtime import Kernel, bfloat16, cpp_type
 from .block_math import check_precision
 from .chain import IDENTITY, chain_of
+from .tensor_map import MAP_BYTES, MAX_BOX, MAX_STEP, NO_TENSOR, TENSOR, is_copied_by_engine, tensor_fields
 
-_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES = 256, 64, 8, 12
+_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES, _MAX_BOXES = 256, 64, 8, 12, 4
 _THREADS, _CONSUMERS, _CONSUMER_WARPS, _STAGERS = 384, 2, 8, 3
 _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
 _WEIGHT_STAGES = 4  # at least
 _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
-_RAW_BYTES = {2: 3 * 4 * 32 * _ROW_BYTES, 4: 128}  # of the stagers' buffers, by element size
+_SEGMENT = 32  # pixels of a row that a box is for
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = 42 * 16  # on the emulator; half of it on a GPU
+_BARRIER_BYTES = (42 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
 PARAMS = runtime.params(
     ("input", "u8"),
     ("weight", "u8"),
+    ("map", "u8"),
     ("in_strides", "i8", 4),
     ("out_strides", "i8", 4),
     ("tiles", "i4"),
@@ -58,12 +60,14 @@ PARAMS = runtime.params(
     ("passes", "i4"),
     ("parts", "i4"),
     ("jobs", "i4"),
-    ("channels_last", "i4"),
-    ("vector", "i4"),
+    ("staging", "i4"),
+    ("boxes", "i4"),
+    ("box_bytes", "i4"),
+    ("span", "i4"),
     ("out_vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
-    ("offset", "i2", (_MAX_STEPS + 1,)),
+    ("offset", "i4", (_MAX_STEPS + 2,)),
 )
 PACK = runtime.params(
     ("weight", "u8"),
@@ -81,7 +85,12 @@ PACK = runtime.params(
     ("kernel_w", "i4"),
     ("pass_step", "i2", (_MAX_PHASES + 1,)),
     ("tap", "i2", (_MAX_STEPS,)),
+    ("map", "u8"),
+    ("input", TENSOR),
 )
+#: How the input is staged: pixel by pixel, or by the copy engine, whose boxes hold pixels of rows, pixels of the tensor
+#: seen as one long row, or channels of pixels.
+PIXELS, ROWS, FLAT, CHANNELS = range(4)
 
 
 @dataclass(frozen=True)
@@ -91,21 +100,21 @@ class Shape:
     phases: int
     pixels: int
 
-    def pool_bytes(self, dtype, channel_min):
-        """Shared memory left for staged input and weights, in whole swizzle patterns."""
+    def pool_bytes(self, channel_min):
+        """Shared memory left for staged input, boxes of it, and weights, in whole swizzle patterns."""
         ending = _CONSUMER_WARPS * 16 * (32 + 8) * 4
         if channel_min:
             ending = (_CONSUMER_WARPS + _CONSUMERS) * self.phases * (self.pixels + 4) * 4
             ending += _CONSUMER_WARPS * self.phases * self.pixels * 2
-        return (_SHARED_BYTES - _RAW_BYTES[dtype.itemsize] - ending - _BARRIER_BYTES) // 1024 * 1024
+        return (_SHARED_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
 
     def type(self, dtype, channel_min):
-        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(dtype, channel_min)}"
+        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
 
 
 #: What there is. Neighbouring phases are computed together, so that rows of the output are stored whole; few pixels
 #: want short jobs.
-SHAPES = (Shape(1, 256), Shape(2, 128), Shape(4, 64), Shape(1, 64))
+SHAPES = (Shape(1, 256), Shape(1, 128), Shape(1, 64), Shape(2, 128), Shape(4, 64))
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class Plan:
     transposed: bool
     channel_min: bool
     dtype: np.dtype
+    staging: int
     tiles: int
     blocks: int
     cost: float  # cycles, roughly
@@ -173,13 +183,16 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, channel_min=False, per_image=False):
+def plan(
+    geometry, dtype, precision, arch, multiprocessors, *, transposed, staging=PIXELS, channel_min=False, per_image=False
+):
     """The plan for a geometry, or None where this family of kernels does not serve.
 
     It serves sm_90a, 16-bit types, and float32 in TF32, unless a tap reaches so far that no tile fits in shared memory.
 
     Args:
         transposed: the transposed convolution; else its input gradient.
+        staging: what `staging_of` says of the input.
         channel_min: whether a block must see all channels of its pixels.
         per_image: whether tiles must not straddle images.
     """
@@ -191,24 +204,18 @@ def plan(geometry, dtype, precision, arch, multiprocessors, *, transposed, chann
     if not transposed:
         sizes = [size[::-1] for size in sizes]
     height, width = zip(sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
-    rows_axis = Axis.of(*height[0], *height[1:], transposed, 1)
-    works = []
-    for align in _alignments(dtype):
-        if width[0][0] % align == 0:  # rows of other lengths are not aligned
-            axes = rows_axis, Axis.of(*width[0], *width[1:], transposed, align)
-            works.append(_Work(geometry, dtype, depth, rows, axes, align, multiprocessors, channel_min, per_image))
-    if works[0].steps > _MAX_STEPS or works[0].phases > _MAX_PHASES:
+    align = 16 // dtype.itemsize if staging == ROWS else 1  # of the pixels at which boxes begin
+    axes = Axis.of(*height[0], *height[1:], transposed, 1), Axis.of(*width[0], *width[1:], transposed, align)
+    work = _Work(geometry, dtype, depth, rows, axes, align, staging, multiprocessors, channel_min, per_image)
+    if work.steps > _MAX_STEPS or work.phases > _MAX_PHASES:
         return None
-    candidates = [(tile.cost, work, tile) for work in works for shape in SHAPES for tile in work.tiles_of(shape)]
-    if not candidates:
-        return None
-    _, work, tile = min(candidates, key=lambda candidate: candidate[0])
-    return work.plan(tile, transposed)
-
-
-def _alignments(dtype):
-    """Multiples of pixels at which tiles may begin: of as many 16-bit ones as a copy of at most 16 bytes brings."""
-    return (1, 2, 4, 8) if dtype.itemsize == 2 else (1,)
+    tiles = [tile for shape in SHAPES for tile in work.tiles_of(shape)]
+    if not tiles and staging != PIXELS:
+        return plan(
+            geometry, dtype, precision, arch, multiprocessors,
+            transposed=transposed, channel_min=channel_min, per_image=per_image,
+        )  # fmt: skip
+    return work.plan(min(tiles, key=lambda tile: tile.cost), transposed) if tiles else None
 
 
 def is_faster(plan, other, device):
@@ -230,6 +237,7 @@ class _Tile:
     parts: int
     stages: int
     weight_stages: int
+    boxes: int
     cost: float
 
 
@@ -242,7 +250,8 @@ class _Work:
     depth: int
     rows: int
     axes: tuple
-    align: int  # of the columns at which tiles begin
+    align: int  # of the input's columns at which tiles begin
+    staging: int
     multiprocessors: int
     channel_min: bool
     per_image: bool
@@ -304,7 +313,9 @@ class _Work:
         planes, staged_rows = height.in_step * width.in_step, rows + height.halo
         # The last columns of a job may reach beyond the stage; they are dropped, whatever is there.
         stage_pixels = _round_up(planes * staged_rows * pitch, 8)
-        rings = self._rings(shape, stage_pixels * _ROW_BYTES)
+        if self.staging == CHANNELS and (pitch * width.in_step > MAX_BOX or width.in_step > MAX_STEP):
+            return
+        rings = self._rings(shape, stage_pixels * _ROW_BYTES, self.box_bytes)
         if rings is None or stage_pixels > 32767:
             return
         stack = height.base + height.halo
@@ -318,7 +329,7 @@ class _Work:
             return
         tile = shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels
         for parts in self._parts(shape, tiles):
-            cost = self._cost(shape, parts, tiles, columns, staged_rows * planes * pitch, *rings)
+            cost = self._cost(shape, parts, tiles, columns, pitch, staged_rows * planes, *rings[:2])
             yield _Tile(*tile, parts, *rings, cost)
 
     def _parts(self, shape, tiles):
@@ -330,20 +341,39 @@ class _Work:
         most = self._jobs(shape) // together if tiles < 2 * self.processors else 1
         return [parts for parts in range(1, most + 1) if most % parts == 0]
 
-    def _rings(self, shape, stage_bytes):
-        """How many buffers the rings of staged input and of weights have; None if a tile does not fit.
+    @property
+    def box_pixels(self):
+        """Of a box, from one channel to the next."""
+        return _SEGMENT + (16 // self.dtype.itemsize if self.staging == FLAT or self.dtype.itemsize == 2 else 0)
 
-        First the stages that keep every slab of both consumers' tiles where it is for all of their jobs, or as many as
-        three slabs; then weights, until their latency is hidden; then what is left.
+    @property
+    def box_bytes(self):
+        """Of a box: of all channels of a slab, or, if rows are aligned, of those that there are."""
+        if self.staging not in (ROWS, FLAT):
+            return 0
+        some = self.staging == ROWS and self.slabs == 1
+        channels = self.last_slices * 32 // self.dtype.itemsize if some else self.slab
+        return self.box_pixels * channels * self.dtype.itemsize
+
+    def _rings(self, shape, stage_bytes, box_bytes):
+        """How many buffers the rings of staged input, of weights and of boxes have; None if a tile does not fit.
+
+        First two boxes, and the stages that keep every slab of both consumers' tiles where it is for all of their jobs,
+        or as many as three slabs; then weights and boxes, until their latency is hidden; then what is left.
         """
-        pool = shape.pool_bytes(self.dtype, self.channel_min)
+        pool, boxes, ring = shape.pool_bytes(self.channel_min), 2 if box_bytes else 0, _STAGERS * box_bytes
+        pool -= boxes * ring
         most = min(_MAX_STAGES, (pool - _WEIGHT_STAGES * _WEIGHT_BYTES) // stage_bytes)
         if most < 2:
             return None
         wanted = _CONSUMERS * self.slabs if self._jobs(shape) > 1 and self.groups_per_tile == 1 else 3
         weight_stages = min(8, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
         stages = min(_MAX_STAGES, (pool - weight_stages * _WEIGHT_BYTES) // stage_bytes)
-        return stages, min(_MAX_WEIGHT_STAGES, (pool - stages * stage_bytes) // _WEIGHT_BYTES)
+        pool -= stages * stage_bytes + weight_stages * _WEIGHT_BYTES
+        if box_bytes:
+            more = min(_MAX_BOXES - boxes, pool // ring)
+            boxes, pool = boxes + more, pool - more * ring
+        return stages, min(_MAX_WEIGHT_STAGES, weight_stages + pool // _WEIGHT_BYTES), boxes
 
     def _jobs(self, shape):
         """Of a tile."""
@@ -358,41 +388,47 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, parts, tiles, columns, staged_pixels, stages, weight_stages):
-        """Cycles of a multiprocessor, within a fifth: fitted to the times of 490 plans for 17 geometries on an H200.
+    def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
+        """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 170 pass between one tap's
-        and the next one's; a stager warp takes some 1800 for each batch of 32 pixels, whichever way they are loaded,
-        except single 16-bit pixels; a copy of weights is 1050 cycles under way; an epilogue takes some 30 for each
-        column (45 in float), more where phases that are neighbours in memory are computed apart, and two consumers
-        share it. Memory is read and written in sectors of 32 bytes, which short rows waste. All these are in each
-        other's way, the more so the closer they are.
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between one tap's
+        and the next one's; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each column (46 in
+        float, 9 where only the minimum is kept), more where phases that are neighbours in memory are computed apart,
+        and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows waste. All these
+        are in each other's way, the more so the closer they are.
         """
         jobs = self._jobs(shape) // parts
         units = self.units * self.groups_per_tile / parts
         slices = (self.slabs - 1) * 4 + self.last_slices
         steps = self.steps * units
         row_bytes = columns * self.dtype.itemsize
-        multiply = steps * (slices * shape.pixels / 2 + 170 * self.slabs) + 1150 * jobs
+        multiply = steps * (slices * shape.pixels / 2 + 190 * self.slabs) + 1335 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
-        batches = -(-staged_pixels // (_STAGERS * 32))
-        staging = stagings * self.slabs * (batches * self._batch_cycles() + 450)
-        staging *= 1 + 4 / (row_bytes * self.axes[1].in_step)
-        weights = steps * self.slabs * 1050 / (weight_stages - 1)
+        staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 600)
+        staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
+        weights = steps * self.slabs * 1190 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
-        epilogue = 30 if self.dtype.itemsize == 2 else 45
-        epilogue *= 1 + 40 / (row_bytes * shape.phases)
-        epilogue = jobs * shape.phases * shape.pixels * (epilogue + 50 * apart)
+        epilogue = 31 if self.dtype.itemsize == 2 else 46
+        epilogue = 9 if self.channel_min else epilogue * (1 + 33 / (row_bytes * shape.phases))
+        epilogue = jobs * shape.phases * shape.pixels * (epilogue + 33 * apart)
         consumer = multiply + epilogue
-        tile = sum(part**2.6 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 2.6)
+        tile = sum(part**3.2 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 3.2)
         turns = -(-tiles // self.groups_per_tile * parts // self.processors)
         return turns * tile + turns % 2 * consumer / 4  # the last tile has the multiprocessor to itself
 
-    def _batch_cycles(self):
-        """Of a stager warp, for 32 pixels of a slab."""
+    def _staging_cycles(self, pitch, rows):
+        """Of a stager warp, for its share of a slab: of boxes or batches of 32 pixels, or rows of whole pixels."""
         height, width = self.axes
-        cycles = 1650 if self.dtype.itemsize == 4 else {1: 2600, 2: 1830, 4: 1810, 8: 1790}[self.align]
-        return cycles + (250 if height.in_step * width.in_step > 1 else 0)
+        wide = self.dtype.itemsize == 4
+        if self.staging == CHANNELS:
+            return rows * width.in_step / _STAGERS * 20
+        more = 260 if height.in_step * width.in_step > 1 else 0
+        if self.staging == PIXELS:
+            return -(-pitch * rows // (_STAGERS * 32)) * ((1600 if wide else 2350) + more)
+        boxes = -(-pitch * width.in_step // _SEGMENT) * rows / width.in_step / _STAGERS
+        if self.staging == ROWS:
+            return boxes * (1000 + more)
+        return boxes * ((1250 if wide else 1830) + more)
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -430,6 +466,10 @@ class _Work:
             stage_pixels=tile.stage_pixels,
             stages=tile.stages,
             weight_stages=tile.weight_stages,
+            boxes=tile.boxes,
+            box_bytes=self.box_bytes,
+            box_pixels=self.box_pixels,
+            span=tile.pitch * width.in_step,
             slabs=self.slabs,
             last_slices=self.last_slices,
             units=self.units,
@@ -438,7 +478,7 @@ class _Work:
             jobs=self._jobs(shape) // tile.parts,
             phase=_padded(phases, (_MAX_PHASES, 2)),
             first_step=_padded(first_step, _MAX_PHASES + 1),
-            offset=_padded(offsets, _MAX_STEPS + 1),
+            offset=_padded(offsets, _MAX_STEPS + 2),
         )
         tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
         packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _ROWS * _ROW_BYTES
@@ -458,6 +498,7 @@ class _Work:
             transposed=transposed,
             channel_min=self.channel_min,
             dtype=self.dtype,
+            staging=self.staging,
             tiles=tiles,
             cost=tile.cost,
             blocks=min(tiles, self.processors),
@@ -530,17 +571,16 @@ def pack(dtype):
 
 def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
     """Packs the weight and launches `kernel` over `gathered`, the input or grad_output."""
-    strides = runtime.element_strides(gathered)
-    packed = _pack(queue, plan, weight)
+    packed, map = _pack(queue, plan, weight, gathered)
     gather = dict(
         plan.fields,
         input=runtime.pointer(gathered),
         weight=runtime.pointer(packed),
-        in_strides=strides,
+        map=map,
+        in_strides=runtime.element_strides(gathered),
         out_strides=out_strides,
         tiles=plan.tiles,
-        channels_last=_channels_last(plan, gathered, strides),
-        vector=pixels_per_copy(plan, gathered, strides),
+        staging=plan.staging,
         out_vector=outputs_per_store(plan, ending, out_strides),
     )
     kernel.launch(
@@ -551,24 +591,47 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
     )
 
 
-def _channels_last(plan, array, strides):
-    """Whether channels can be loaded 16 bytes at a time."""
-    unit = 16 // array.itemsize
-    aligned = runtime.pointer(array) % 16 == 0 and plan.fields["depth"] % unit == 0
-    return strides[1] == 1 and aligned and all(stride % unit == 0 for stride in (strides[0], *strides[2:]))
+def staging_of(array, geometry):
+    """How an array (N, C, H, W) can be staged: ROWS or FLAT if pixels are neighbours, CHANNELS if channels are, as far
+    as the copy engine can reach them; else PIXELS."""
+    pointer, channels = runtime.pointer(array), array.shape[1] // geometry.groups
+    for staging, axes in (ROWS, _rows), (CHANNELS, _channels), (FLAT, _flat):
+        if is_copied_by_engine(pointer, *axes(array, channels)):
+            return staging
+    return PIXELS
 
 
-def pixels_per_copy(plan, array, strides):
-    """The 16-bit pixels that one copy of at most 16 bytes may bring: aligned in every row, image and tile, and either
-    all inside the image or all outside."""
-    if strides[3] != 1 or array.itemsize != 2:
-        return 1
-    fields = plan.fields
-    bits = strides[0] | strides[1] | strides[2] | fields["in_size"][1] | fields["in_origin"][1]
-    bits |= runtime.pointer(array) // 2 | 8
-    if fields["column_tiles"] > 1:
-        bits |= fields["tile_columns"] * fields["in_step"][1]
-    return bits & -bits
+def _rows(array, channels):
+    """Sizes of the five axes of an array (N, groups times channels, H, W) from W on, and the strides in bytes of all
+    but the first; a stride of zero where W is none whose elements are neighbours."""
+    (batch, all_channels, height, width), (step_n, step_c, step_h, step_w) = array.shape, array.strides
+    size = width, height, channels, all_channels // channels, batch
+    return size, _strides(size, (step_w, step_h, step_c, channels * step_c, step_n), array.itemsize)
+
+
+def _channels(array, channels):
+    """The same from the channels of a group on: those, groups, W, H, N."""
+    (batch, all_channels, height, width), (step_n, step_c, step_h, step_w) = array.shape, array.strides
+    size = channels, all_channels // channels, width, height, batch
+    return size, _strides(size, (step_c, channels * step_c, step_w, step_h, step_n), array.itemsize)
+
+
+def _flat(array, channels):
+    """The same of an array as one long row of as many channels as lie between two that begin at a multiple of 16 bytes:
+    elements, such channels of a group, groups. The row ends with the last element of the first of them."""
+    align = 16 // array.itemsize
+    if channels % align or min(array.strides) <= 0:
+        return (0,) * 5, (0,) * 4
+    (batch, all_channels, height, width), (step_n, step_c, step_h, step_w) = array.shape, array.strides
+    last = (batch - 1) * step_n + (align - 1) * step_c + (height - 1) * step_h
+    size = last // array.itemsize + width, channels // align, all_channels // channels, 1, 1
+    return size, _strides(size, (step_w, align * step_c, channels * step_c, 16, 16), array.itemsize)
+
+
+def _strides(size, strides, itemsize):
+    """Those of all axes but the first, in which elements must be neighbours; of an axis of one element any will do."""
+    neighbours = strides[0] == itemsize or size[0] == 1
+    return [16 if extent == 1 else stride * neighbours for extent, stride in zip(size[1:], strides[1:], strict=True)]
 
 
 def outputs_per_store(plan, ending, strides):
@@ -587,10 +650,12 @@ def outputs_per_store(plan, ending, strides):
     return 0 if vector == 1 and strides[1] == 1 else vector
 
 
-def _pack(queue, plan, weight):
-    """The weight as warpgroup_gather.cuh reads it. Depth runs along its first axis for the transposed convolution."""
+def _pack(queue, plan, weight, gathered):
+    """The weight as warpgroup_gather.cuh reads it, and the address of the map behind it by which the input is copied.
+    Depth runs along the weight's first axis for the transposed convolution."""
     strides = runtime.element_strides(weight)
-    packed = queue.empty((plan.packed_bytes,), np.dtype("uint8"))
+    packed = queue.empty((plan.packed_bytes + MAP_BYTES,), np.dtype("uint8"))
+    map = 0 if plan.staging == PIXELS else runtime.pointer(packed) + plan.packed_bytes
     depth_axis = 0 if plan.transposed else 1
     pack(plan.dtype).launch(
         queue,
@@ -602,8 +667,26 @@ def _pack(queue, plan, weight):
         row_stride=strides[1 - depth_axis],
         tap_strides=strides[2:],
         **plan.pack_fields,
+        map=map,
+        input=_tensor(plan, gathered),
     )
-    return packed
+    return packed, map
+
+
+def _tensor(plan, gathered):
+    """TENSOR's fields for a plan's boxes: some pixels of a row and a slab's channels, or those of a row's planes."""
+    if plan.staging == PIXELS:
+        return NO_TENSOR
+    fields, pointer, channels = plan.fields, runtime.pointer(gathered), plan.fields["depth"]
+    slab, align = _ROW_BYTES // gathered.itemsize, 16 // gathered.itemsize
+    if plan.staging == CHANNELS:
+        box, step = (slab, 1, fields["span"], 1, 1), (1, 1, fields["in_step"][1], 1, 1)
+        return tensor_fields(pointer, *_channels(gathered, channels), box, step, True)
+    pixels = fields["box_pixels"]
+    if plan.staging == FLAT:
+        return tensor_fields(pointer, *_flat(gathered, channels), (pixels, slab // align, 1, 1, 1), (1,) * 5, False)
+    box = pixels, 1, fields["box_bytes"] // (pixels * gathered.itemsize), 1, 1
+    return tensor_fields(pointer, *_rows(gathered, channels), box, (1,) * 5, False)
 
 
 def kernels():
