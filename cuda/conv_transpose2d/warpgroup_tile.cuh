@@ -5,7 +5,7 @@
 
 namespace rawkern {
 
-constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12, kMaxBoxes = 4;
+constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 6, kMaxBoxes = 4;
 
 // How the input is staged (warpgroup_staging.cuh). Where its pixels are neighbours, the copy engine brings boxes of
 // rows, or where rows begin anywhere, of the tensor as one long row; where channels are, it brings what is to be
@@ -38,7 +38,7 @@ struct WarpgroupParams {
                                // all or none of them exist; 0: neighbours in memory are channels
   short phase[kMaxPhases][2];  // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
-  int offset[kMaxSteps + 2];         // of each step, the pixels by which its tap is displaced in the tile; and two more
+  int offset[kMaxSteps + 4];  // of each step, the pixels by which its tap is displaced in the tile; and four more
 };
 
 template <class T>

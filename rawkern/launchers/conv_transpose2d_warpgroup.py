@@ -17,15 +17,17 @@ from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .tensor_map import MAP_BYTES, MAX_BOX, MAX_STEP, NO_TENSOR, TENSOR, is_copied_by_engine, tensor_fields
 
-_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES, _MAX_BOXES = 256, 64, 8, 12, 4
+_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES, _MAX_BOXES = 256, 64, 8, 6, 4
 _THREADS, _CONSUMERS, _CONSUMER_WARPS, _STAGERS = 384, 2, 8, 3
 _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
-_WEIGHT_STAGES = 4  # at least
-_WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
+_TAP_BYTES = _ROWS * _ROW_BYTES  # of weights, for a slab
+_TAPS_TOGETHER = 2  # of a phase, in one slot of the ring of weights
+_WEIGHT_BYTES = _TAPS_TOGETHER * _TAP_BYTES
+_WEIGHT_STAGES = 2  # at least
 _SEGMENT = 32  # pixels of a row that a box is for
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = (42 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
+_BARRIER_BYTES = (30 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
 PARAMS = runtime.params(
@@ -67,7 +69,7 @@ PARAMS = runtime.params(
     ("out_vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
-    ("offset", "i4", (_MAX_STEPS + 2,)),
+    ("offset", "i4", (_MAX_STEPS + 4,)),
 )
 PACK = runtime.params(
     ("weight", "u8"),
@@ -267,6 +269,13 @@ class _Work:
         return sum(len(phase) for phase in height.taps) * sum(len(phase) for phase in width.taps)
 
     @property
+    def weight_slots(self):
+        """Of the ring of weights, for a slab of a unit in all phases: pairs of taps, and what is left of each phase."""
+        height, width = self.axes
+        taps = [len(row) * len(column) for row, column in itertools.product(height.taps, width.taps)]
+        return sum(-(-count // _TAPS_TOGETHER) for count in taps)
+
+    @property
     def phases(self):
         height, width = self.axes
         return len(height.taps) * len(width.taps)
@@ -367,7 +376,7 @@ class _Work:
         if most < 2:
             return None
         wanted = _CONSUMERS * self.slabs if self._jobs(shape) > 1 and self.groups_per_tile == 1 else 3
-        weight_stages = min(8, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
+        weight_stages = min(4, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
         stages = min(_MAX_STAGES, (pool - weight_stages * _WEIGHT_BYTES) // stage_bytes)
         pool -= stages * stage_bytes + weight_stages * _WEIGHT_BYTES
         if box_bytes:
@@ -391,8 +400,8 @@ class _Work:
     def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
         """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between one tap's
-        and the next one's; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each column (46 in
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between those of one
+        slot of weights and of the next; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each column (46 in
         float, 9 where only the minimum is kept), more where phases that are neighbours in memory are computed apart,
         and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows waste. All these
         are in each other's way, the more so the closer they are.
@@ -402,11 +411,12 @@ class _Work:
         slices = (self.slabs - 1) * 4 + self.last_slices
         steps = self.steps * units
         row_bytes = columns * self.dtype.itemsize
-        multiply = steps * (slices * shape.pixels / 2 + 190 * self.slabs) + 1335 * jobs
+        slots = self.weight_slots * units
+        multiply = steps * slices * shape.pixels / 2 + slots * 190 * self.slabs + 1335 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 600)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
-        weights = steps * self.slabs * 1190 / (weight_stages - 1)
+        weights = slots * self.slabs * 1190 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
         epilogue = 31 if self.dtype.itemsize == 2 else 46
         epilogue = 9 if self.channel_min else epilogue * (1 + 33 / (row_bytes * shape.phases))
@@ -478,10 +488,10 @@ class _Work:
             jobs=self._jobs(shape) // tile.parts,
             phase=_padded(phases, (_MAX_PHASES, 2)),
             first_step=_padded(first_step, _MAX_PHASES + 1),
-            offset=_padded(offsets, _MAX_STEPS + 2),
+            offset=_padded(offsets, _MAX_STEPS + 4),
         )
         tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
-        packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _ROWS * _ROW_BYTES
+        packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _TAP_BYTES
         pack_fields = dict(
             count=packed_bytes // 16,
             depth=self.depth,
