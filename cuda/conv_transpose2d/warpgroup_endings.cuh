@@ -22,6 +22,7 @@
 #include "moments.cuh"
 #include "nan_min.cuh"
 #include "opaque.cuh"
+#include "store_matrices.cuh"
 #include "warpgroup_gather.cuh"
 #include "wide_store.cuh"
 
@@ -201,6 +202,7 @@ struct ColumnWalk {
 #pragma unroll 1
     while (column >= p.pitch) next_row();
   }
+  __device__ void advance(int pixels) { advance(pixels, pixels * pixel_stride()); }
 
   __device__ void next_row() {
     move(-p.pitch);
@@ -329,7 +331,6 @@ struct ChunkStore {
   const WarpRows& rows;
   Chunk<T>& chunk;
   ColumnWalk walk;  // of this lane's first output of the chunk
-  int64 place;      // of this one, -1 if it does not exist
 
   __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
       : p(p), rows(rows), chunk(chunk), walk(walk) {
@@ -345,22 +346,16 @@ struct ChunkStore {
   __device__ int column() const { return rows.lane * kEach % kWarp; }
 
   // To the next chunk, at first to the first one.
-  __device__ void advance() {
-    walk.advance(kPixels, kVector > 0 ? int64(kWarp) : kPixels * walk.pixel_stride());
-    place = walk.left() > 0 ? walk.place : int64(-1);
-  }
+  __device__ void advance() { walk.advance(kPixels, kVector > 0 ? int64(kWarp) : kPixels * walk.pixel_stride()); }
 
   __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
     chunk.fill(fragment, rows);
     __syncwarp();
-    if (kVector == 0 && p.out_vector == 0)
-      store_by_channel(static_cast<T*>(tensor));
-    else
-      store_by_row(static_cast<T*>(tensor) + walk.place);
+    store_rows(static_cast<T*>(tensor) + walk.place);
     __syncwarp();
   }
 
-  __device__ void store_by_row(T* to) const {
+  __device__ void store_rows(T* to) const {
     using Piece = StorePiece<T, kEach>;
     constexpr int kApart = sizeof(chunk.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
     constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
@@ -388,20 +383,151 @@ struct ChunkStore {
       }
     }
   }
+};
 
-  // Half a warp stores one column: a lane has one channel of every other column.
-  __device__ void store_by_channel(T* tensor) const {
-    int row = rows.lane % kWarpRows, half = rows.lane / kWarpRows;
+// A chunk in shared memory as it lies in an output whose channels are neighbours, from where a lane reads pieces of 16
+// bytes: of kCount outputs of one phase, kStep pixels apart in one group of 8. So no row of the tile ends between them,
+// and the lane goes from one to the next by adding. The words of a chunk, and 8 lanes' pieces, lie in different banks.
+template <class T, class Gather, int kSize = sizeof(T)>
+struct ChannelChunk;
+
+// Of float, pixel by pixel, phase by phase, with 4 words more for each pixel.
+template <class T, class Gather>
+struct ChannelChunk<T, Gather, 4> {
+  using Values = Fragment<Gather>;
+  static constexpr int kPhases = Gather::kPhases, kCount = 4, kStep = 1;
+  static constexpr int kPixel = kPhases * kWarpRows + 4, kApart = kStep * kPixel;
+  static_assert(kWarp / kPhases * kPixel * sizeof(T) <= sizeof(Chunk<T>), "more than a warp has");
+
+  T* at;
+
+  // The first output of a lane, and the first channel of it that the lane has.
+  __device__ static int pixel_of(int lane) { return lane / 8 / kPhases * 8 + lane / 4 % 2 * 4; }
+  __device__ static int phase_of(int lane) { return lane / 8 % kPhases; }
+  __device__ static int channel_of(int lane) { return lane % 4 * 4; }
+
+  __device__ void fill(const RoundedFragment<T, Gather>& fragment, int lane) const {
+    T* to = at + Values::pixel_of(lane, 0) * kPixel + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int g = 0; g < Values::kGroups; ++g)
+#pragma unroll
+        for (int k = 0; k < Values::kRun; ++k)
+          to[(8 * g + k / kPhases) * kPixel + k % kPhases * kWarpRows + 8 * r] =
+              __uint_as_float(fragment.pair[r][g][k / 2].words[k % 2]);
+  }
+
+  __device__ const T* piece(int lane) const {
+    return at + pixel_of(lane) * kPixel + phase_of(lane) * kWarpRows + channel_of(lane);
+  }
+};
+
+// Of 16-bit types, in two halves of 8 channels, which have 16 bytes for each output; outputs in the order of the
+// registers: a register of all lanes is 8 outputs, a value of one lane for each channel, and is stored transposed.
+template <class T, class Gather>
+struct ChannelChunk<T, Gather, 2> {
+  static constexpr int kPhases = Gather::kPhases, kCount = 2, kStep = 4;
+  static constexpr int kUnit = 8, kApart = kStep * kUnit,
+                       kHalf = (kWarp + 4) * kUnit;  // 4 units more, and 4 outputs' halves do not conflict
+  static_assert((kHalf + kWarp * kUnit) * sizeof(T) <= sizeof(Chunk<T>), "more than a warp has");
+
+  T* at;
+
+  // Lanes 8 n to 8 n + 7 have half of register n's outputs: 2 neighbours of a run, of every other thread that has one.
+  __device__ static int in_run(int lane) { return lane / 8 % kPhases * 2 + lane / 2 % 2; }
+  __device__ static int pixel_of(int lane) {
+    return lane / 8 / kPhases * 8 + lane / 4 % 2 * 2 + in_run(lane) / kPhases;
+  }
+  __device__ static int phase_of(int lane) { return in_run(lane) % kPhases; }
+  __device__ static int channel_of(int lane) { return lane % 2 * 8; }
+
+  __device__ void fill(const RoundedFragment<T, Gather>& fragment, int lane) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      unsigned words[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) words[n] = fragment.pair[r][n / kPhases][n % kPhases].words[0];
+      store_matrices_transposed(at + lane * kUnit + r * kHalf, words);
+    }
+  }
+
+  __device__ const T* piece(int lane) const { return at + (lane / 8 * 8 + lane / 2 % 4) * kUnit + lane % 2 * kHalf; }
+};
+
+// Through shared memory, from where lanes run along channels, which are neighbours in the output: with 16 bytes each
+// where these are aligned, and exist whole or not at all; otherwise with fewer, -WarpgroupParams::out_vector channels.
+template <class T, class Gather>
+struct ChannelStore {
+  using InMemory = ChannelChunk<T, Gather>;
+  static constexpr bool kThroughMemory = true;
+  static constexpr int kPhases = Gather::kPhases, kPixels = kWarp / kPhases;  // of a chunk
+  static constexpr int kCount = InMemory::kCount, kPiece = 16 / sizeof(T);
+
+  const WarpgroupParams& p;
+  const WarpRows& rows;
+  InMemory chunk;
+  ColumnWalk walk;  // of this lane's first output of the chunk
+
+  __device__ ChannelStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
+      : p(p), rows(rows), chunk{chunk.at[0]}, walk(walk) {
+    int phase = InMemory::phase_of(rows.lane), channel = InMemory::channel_of(rows.lane);
+    this->walk.place += channel + phase * p.out_strides[3];
+    this->walk.limit -= walk.lacks(phase);
+    if (whole() && channel >= rows.count) this->walk.limit = 0;
+    this->walk.move(InMemory::pixel_of(rows.lane) - kPixels);
+    this->walk.enter_row();
+  }
+
+  __device__ bool whole() const { return p.out_vector == -kPiece; }
+
+  // To the next chunk, at first to the first one.
+  __device__ void advance() { walk.advance(kPixels); }
+
+  __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
+    chunk.fill(fragment, rows.lane);
+    __syncwarp();
+    T* to = static_cast<T*>(tensor);
+    if (whole())
+      store_outputs<kPiece>(to + walk.place, chunk.piece(rows.lane), walk.left());
+    else if (kPiece > 4 && p.out_vector == -4)
+      store_divided<4>(to);
+    else if (p.out_vector == -2)
+      store_divided<2>(to);
+    else
+      store_divided<1>(to);
+    __syncwarp();
+  }
+
+  // kVector channels each of a lane's outputs, where these exist: `left` pixels do from the first one on.
+  template <int kVector>
+  __device__ void store_outputs(T* to, const T* from, int left) const {
+    using Part = StorePiece<T, kVector>;
+    const int64 step = InMemory::kStep * walk.pixel_stride();
+    to = opaque(to);  // or addresses would be computed from the tensor's anew under the condition of every store
+    Part parts[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) parts[i] = *reinterpret_cast<const Part*>(from + i * InMemory::kApart);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i * InMemory::kStep < left) parts[i].store(to);
+      to = opaque(to + step);
+    }
+  }
+
+  // The pieces of the warp in parts of kVector channels, neighbouring parts by neighbouring lanes, so that what one
+  // instruction stores of an output lies together. A part's place comes from the lane that has the piece.
+  template <int kVector>
+  __device__ void store_divided(T* tensor) const {
+    constexpr int kParts = kPiece / kVector;
+    unsigned part = opaque(rows.lane);
 #pragma unroll 1
-    for (int first = half; first < kWarp; first += 2 * kTogether) {
-      T values[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) values[i] = chunk.at[row][first + 2 * i];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        int64 column = __shfl_sync(kFullMask, place, first + 2 * i);
-        if (column >= 0 && row < rows.count) tensor[column + row] = values[i];
-      }
+    for (int n = 0; n < kParts; ++n) {
+      int lane = part / kParts, channel = part % kParts * kVector, left = __shfl_sync(kFullMask, walk.left(), lane);
+      int64 place = __shfl_sync(kFullMask, walk.place, lane);
+      bool exists = InMemory::channel_of(lane) + channel < rows.count;
+      store_outputs<kVector>(tensor + (place + channel), chunk.piece(lane) + channel, exists ? left : 0);
+      part += kWarp;
     }
   }
 };
@@ -421,10 +547,12 @@ struct Stores {
   using Wide =
       typename Select<RunStore<T, Gather>::kPossible, RunStore<T, Gather>, ChunkStore<T, Gather, 16 / sizeof(T)>>::type;
   using Pairs = ChunkStore<T, Gather, 2>;
+  using Channels = ChannelStore<T, Gather>;
   using Single = ChunkStore<T, Gather, 0>;
   static constexpr int kWide = RunStore<T, Gather>::kPossible ? RunStore<T, Gather>::kVector : 16 / sizeof(T);
   __device__ static bool wide(const WarpgroupParams& p) { return p.out_vector >= kWide; }
   __device__ static bool pairs(const WarpgroupParams& p) { return kWide > 2 && p.out_vector >= 2; }
+  __device__ static bool channels(const WarpgroupParams& p) { return p.out_vector < 0; }
 };
 
 // A chain of functions with the operands of a thread's two rows.
@@ -525,6 +653,8 @@ struct WarpgroupStore {
       store_as<kSave, typename Ways::Wide, Gather>(sum, rows, chunk, tile, job);
     else if (Ways::pairs(gather))
       store_as<kSave, typename Ways::Pairs, Gather>(sum, rows, chunk, tile, job);
+    else if (Ways::channels(gather))
+      store_as<kSave, typename Ways::Channels, Gather>(sum, rows, chunk, tile, job);
     else
       store_as<kSave, typename Ways::Single, Gather>(sum, rows, chunk, tile, job);
   }
@@ -642,6 +772,8 @@ struct WarpgroupStoreWithMoments {
       store<typename Ways::Wide>(chunks, rows, chunk, walk);
     else if (Ways::pairs(gather))
       store<typename Ways::Pairs>(chunks, rows, chunk, walk);
+    else if (Ways::channels(gather))
+      store<typename Ways::Channels>(chunks, rows, chunk, walk);
     else
       store<typename Ways::Single>(chunks, rows, chunk, walk);
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);

@@ -35,7 +35,7 @@ struct WarpgroupParams {
   int box_bytes;
   int span;                    // pixels of a row, in all its planes: pitch * in_step[1]
   int out_vector;              // outputs of a row that one store may write, 1, 2, 4 or 8: neighbours, aligned, and
-                               // all or none of them exist; 0: neighbours in memory are channels
+                               // all or none of them exist; below 0: of channels, -out_vector, likewise
   short phase[kMaxPhases][2];  // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   int offset[kMaxSteps + 4];  // of each step, the pixels by which its tap is displaced in the tile; and four more

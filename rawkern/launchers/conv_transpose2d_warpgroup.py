@@ -645,19 +645,23 @@ def _strides(size, strides, itemsize):
 
 
 def outputs_per_store(plan, ending, strides):
-    """How warpgroup_endings.cuh stores rows: the outputs that one store of at most 16 bytes may write, neighbours in
-    memory, aligned in every row, image and tile, and all or none of them existing; 0 where channels are neighbours."""
+    """How warpgroup_endings.cuh stores: the outputs of a row that one store of at most 16 bytes may write, neighbours in
+    memory, aligned in every row, image and tile, and all or none of them existing. Where channels are the neighbours,
+    the channels that it may write, times -1."""
     fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
     if plan.channel_min:
         return 1
+    aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
     vector = 1
     if strides[3] == 1 and fields["out_step"][1] == phases:
-        bits = strides[0] | strides[1] | strides[2] | fields["out_size"][1]
-        bits |= (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
+        bits = aligned | strides[0] | strides[1] | strides[2] | fields["out_size"][1]
         if fields["column_tiles"] > 1:
             bits |= fields["tile_columns"] * phases
         vector = bits & -bits
-    return 0 if vector == 1 and strides[1] == 1 else vector
+    if vector == 1 and strides[1] == 1:
+        bits = aligned | strides[0] | strides[2] | strides[3] | fields["rows"]
+        vector = -(bits & -bits)
+    return vector
 
 
 def _pack(queue, plan, weight, gathered):
