@@ -245,19 +245,62 @@ def test_every_way_to_store_rows(stride, dtype, kernel, monkeypatch):
     expected = F.conv_transpose2d(*(torch.from_numpy(array).double() for array in (x, w, b)), **arguments).numpy()
     size = expected.size
     assert expected.shape[3] == 40 * stride and np.abs(expected).max() < 512
-    for first, channels_last in ((0, False), (4, False), (2, False), (1, False), (0, True)):
-        memories, outputs = [np.full(size + 16, 99, dtype) for _ in range(2)], []
-        for memory in memories:
-            part = memory[first : first + size]
-            if channels_last:
-                outputs.append(part.reshape(*expected.shape[:1], *expected.shape[2:], -1).transpose(0, 3, 1, 2))
-            else:
-                outputs.append(part.reshape(expected.shape))
-        out, saved = outputs
+    for first in (0, 4, 2, 1):
+        memories = [np.full(size + 16, 99, dtype) for _ in range(2)]
+        out, saved = (memory[first : first + size].reshape(expected.shape) for memory in memories)
         launchers.conv_transpose2d(x, w, b, **arguments, epilogue=(Add(0.5),), precision="tf32", out=out, saved=saved)
         assert np.array_equal(out, expected + 0.5) and np.array_equal(saved, expected)
         assert all((memory[:first] == 99).all() and (memory[first + size :] == 99).all() for memory in memories)
-    assert ways == ({0, 1, 2, 4} if dtype == "float32" else {0, 1, 2, 4, 8})
+    assert ways == ({1, 2, 4} if dtype == "float32" else {1, 2, 4, 8})
+
+
+#: Channels of an output, groups, the channels of its memory and how many of these come first, how many one store takes.
+CHANNELS_LAST = [
+    (48, 1, 48, 0, 8),
+    (88, 1, 104, 8, 8),
+    (20, 1, 20, 0, 4),
+    (72, 2, 72, 0, 4),
+    (72, 1, 80, 4, 4),
+    (24, 1, 26, 0, 2),
+    (22, 1, 22, 0, 2),
+    (36, 2, 36, 0, 2),
+    (21, 1, 21, 0, 1),
+    (18, 2, 18, 0, 1),
+    (16, 1, 18, 1, 1),
+]
+
+
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_every_way_to_store_channels(stride, dtype, kernel, monkeypatch):
+    """Where these are neighbours in memory: as many as are aligned and belong to one group, and nothing besides them.
+    Tiles straddle images, and rows of an odd width end within a chunk."""
+    most, ways = 16 // np.dtype(dtype).itemsize, []
+    choose = warpgroup.outputs_per_store
+    monkeypatch.setattr(warpgroup, "outputs_per_store", lambda *args: ways.append(choose(*args)) or ways[-1])
+    generator = np.random.default_rng(0)
+    arguments = dict(stride=(2, stride), padding=1, output_padding=(1, min(stride, 2) - 1))
+    for channels, groups, wide, before, vector in CHANNELS_LAST:
+        shapes = (3, 10, 3, 19), (10, channels // groups, 3, 3), (channels,)
+        x, w, b = (generator.integers(-2, 3, shape).astype(dtype) for shape in shapes)
+        tensors = [torch.from_numpy(array).double() for array in (x, w, b)]
+        expected = F.conv_transpose2d(*tensors, **arguments, groups=groups).numpy()
+        batch, _, height, width = expected.shape
+        memories = [np.full((batch, height, width, wide), 99, dtype) for _ in range(3)]
+        out, saved, counted = (m[..., before : before + channels].transpose(0, 3, 1, 2) for m in memories)
+        launchers.conv_transpose2d(
+            x, w, b, **arguments, groups=groups, epilogue=(Add(0.5),), precision="tf32", out=out, saved=saved
+        )
+        geometry = Geometry.of(x.shape, w.shape, **arguments, groups=groups)
+        chain = chain_of((Mul(2.0),))
+        _, moments = with_moments(x, w, b, chain, geometry, precision="tf32", out=counted)
+        assert np.array_equal(out, expected + 0.5)
+        assert np.array_equal(saved, expected) and np.array_equal(counted, expected)
+        total = moments[..., 0] * moments[..., 1]
+        np.testing.assert_allclose(total.sum(1), 2 * expected.sum((2, 3)).reshape(-1), rtol=1e-5, atol=1e-3)
+        assert all((m[..., :before] == 99).all() and (m[..., before + channels :] == 99).all() for m in memories)
+        assert ways[-2:] == 2 * [-min(vector, most)]
 
 
 @pytest.mark.parametrize("case", CASES | LARGER)

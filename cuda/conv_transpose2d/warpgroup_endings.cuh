@@ -12,8 +12,10 @@
 // they are stored straight from the registers, 8 or 16 bytes at a time. Otherwise chunks pass through a piece of shared
 // memory of the warp's own, from where lanes run along rows of the output: with 16 bytes each where runs are shorter
 // than 8 (16-bit types, stride 1), with two neighbours where pairs are aligned (other even widths), else with one (odd
-// widths, strides without such a pass); or along channels, where these are the neighbours. No warp waits for another.
-// The sums of the columns beyond the tile are dropped.
+// widths, strides without such a pass). Where the neighbours are channels, a chunk lies there channel by channel
+// (16-bit types are transposed by stmatrix), and lanes run along these: with 16 bytes where channels are aligned, so
+// that a warp writes 32 or 64 bytes of each of 16 or 8 outputs at a time, else with as many as are. No warp waits for
+// another. The sums of the columns beyond the tile are dropped.
 //
 // The minimum over channels goes another way, all sums at once in the registers, and its warps have to meet.
 #pragma once
@@ -279,10 +281,10 @@ struct alignas(16) Chunk {
   }
 };
 
-// How a warp stores chunks in tensors of the output's shape and strides, in one of three ways, which differ in how many
-// neighbours one instruction stores (WarpgroupParams::out_vector tells how many it may). Straight from the registers:
-// a thread's run, or 16 bytes of it; of 8 bytes at least, since four lanes share a row, and memory is written in
-// sectors of 32 bytes.
+// How a warp stores chunks in tensors of the output's shape and strides, in one of four ways, which differ in what
+// neighbours one instruction stores, and how many (WarpgroupParams::out_vector tells how many it may). Straight from
+// the registers: a thread's run, or 16 bytes of it; of 8 bytes at least, since four lanes share a row, and memory is
+// written in sectors of 32 bytes.
 template <class T, class Gather>
 struct RunStore {
   using Rounded = RoundedFragment<T, Gather>;
@@ -423,18 +425,19 @@ struct ChannelChunk<T, Gather, 4> {
   }
 };
 
-// Of 16-bit types, in two halves of 8 channels, which have 16 bytes for each output; outputs in the order of the
-// registers: a register of all lanes is 8 outputs, a value of one lane for each channel, and is stored transposed.
+// Of 16-bit types, in two halves of 8 channels, which have 16 bytes for each output. A register of the warp is 8
+// outputs of 8 channels, a lane having 2 neighbours of a run; it is stored transposed. Outputs lie in the order of
+// registers.
 template <class T, class Gather>
 struct ChannelChunk<T, Gather, 2> {
   static constexpr int kPhases = Gather::kPhases, kCount = 2, kStep = 4;
-  static constexpr int kUnit = 8, kApart = kStep * kUnit,
-                       kHalf = (kWarp + 4) * kUnit;  // 4 units more, and 4 outputs' halves do not conflict
+  static constexpr int kUnit = 8, kApart = kStep * kUnit;
+  static constexpr int kHalf = (kWarp + 4) * kUnit;  // 4 more, so that the halves of 4 outputs lie in different banks
   static_assert((kHalf + kWarp * kUnit) * sizeof(T) <= sizeof(Chunk<T>), "more than a warp has");
 
   T* at;
 
-  // Lanes 8 n to 8 n + 7 have half of register n's outputs: 2 neighbours of a run, of every other thread that has one.
+  // Lanes 8 n to 8 n + 7 read register n, first its outputs 0 to 3, then 4 to 7.
   __device__ static int in_run(int lane) { return lane / 8 % kPhases * 2 + lane / 2 % 2; }
   __device__ static int pixel_of(int lane) {
     return lane / 8 / kPhases * 8 + lane / 4 % 2 * 2 + in_run(lane) / kPhases;
@@ -489,7 +492,7 @@ struct ChannelStore {
     __syncwarp();
     T* to = static_cast<T*>(tensor);
     if (whole())
-      store_outputs<kPiece>(to + walk.place, chunk.piece(rows.lane), walk.left());
+      store_whole(to);
     else if (kPiece > 4 && p.out_vector == -4)
       store_divided<4>(to);
     else if (p.out_vector == -2)
@@ -499,35 +502,57 @@ struct ChannelStore {
     __syncwarp();
   }
 
-  // kVector channels each of a lane's outputs, where these exist: `left` pixels do from the first one on.
+  // kVector channels of each of a lane's outputs.
   template <int kVector>
-  __device__ void store_outputs(T* to, const T* from, int left) const {
-    using Part = StorePiece<T, kVector>;
-    const int64 step = InMemory::kStep * walk.pixel_stride();
-    to = opaque(to);  // or addresses would be computed from the tensor's anew under the condition of every store
-    Part parts[kCount];
+  struct Parts {
+    StorePiece<T, kVector> part[kCount];
+
+    __device__ void load(const T* from) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) parts[i] = *reinterpret_cast<const Part*>(from + i * InMemory::kApart);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i * InMemory::kStep < left) parts[i].store(to);
-      to = opaque(to + step);
+      for (int i = 0; i < kCount; ++i)
+        part[i] = *reinterpret_cast<const StorePiece<T, kVector>*>(from + i * InMemory::kApart);
     }
+
+    // `left` pixels exist, from the first output's on; outputs are `step` apart.
+    __device__ void store(T* to, int64 step, int left) const {
+      to = opaque(to);  // or addresses would be computed from the tensor's anew under the condition of every store
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (i * InMemory::kStep < left) part[i].store(to);
+        to = opaque(to + step);
+      }
+    }
+  };
+
+  __device__ int64 step() const { return InMemory::kStep * walk.pixel_stride(); }
+
+  __device__ void store_whole(T* tensor) const {
+    Parts<kPiece> pieces;
+    pieces.load(chunk.piece(rows.lane));
+    pieces.store(tensor + walk.place, step(), walk.left());
   }
 
   // The pieces of the warp in parts of kVector channels, neighbouring parts by neighbouring lanes, so that what one
   // instruction stores of an output lies together. A part's place comes from the lane that has the piece.
   template <int kVector>
   __device__ void store_divided(T* tensor) const {
-    constexpr int kParts = kPiece / kVector;
-    unsigned part = opaque(rows.lane);
-#pragma unroll 1
-    for (int n = 0; n < kParts; ++n) {
-      int lane = part / kParts, channel = part % kParts * kVector, left = __shfl_sync(kFullMask, walk.left(), lane);
-      int64 place = __shfl_sync(kFullMask, walk.place, lane);
-      bool exists = InMemory::channel_of(lane) + channel < rows.count;
-      store_outputs<kVector>(tensor + (place + channel), chunk.piece(lane) + channel, exists ? left : 0);
-      part += kWarp;
+    constexpr int kParts = kPiece / kVector, kMost = kTogether / kCount, kAtOnce = kParts < kMost ? kParts : kMost;
+    unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kVector;
+#pragma unroll
+    for (int first = 0; first < kParts; first += kAtOnce) {
+      Parts<kVector> parts[kAtOnce];
+      int64 place[kAtOnce];
+      int left[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        unsigned lane = (first + n) * (kWarp / kParts) + own / kParts;
+        parts[n].load(chunk.piece(lane) + channel);
+        place[n] = __shfl_sync(kFullMask, walk.place, lane) + channel;
+        left[n] = __shfl_sync(kFullMask, walk.left(), lane);
+        if (InMemory::channel_of(lane) + channel >= rows.count) left[n] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) parts[n].store(tensor + place[n], step(), left[n]);
     }
   }
 };
@@ -541,7 +566,7 @@ struct Select<false, First, Second> {
   using type = Second;
 };
 
-// The three ways. Where runs are too short the first one is 16 bytes of a row that several threads have.
+// The four ways. Where runs are too short the first one is 16 bytes of a row that several threads have.
 template <class T, class Gather>
 struct Stores {
   using Wide =

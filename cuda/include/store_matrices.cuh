@@ -1,7 +1,7 @@
 // Four matrices of eight rows of eight 16-bit values each, transposed on their way from the registers of a warp to
-// shared memory (stmatrix, sm_90 and later); the way back is load_matrices.cuh. Lane 8 j + r gives the address of row r
-// of matrix j, a multiple of 16. Word j of lane t is value t / 4 of rows 2 (t % 4) and, in the upper half, 2 (t % 4) +
-// 1 of matrix j. Eight rows are written at a time: those of a matrix should lie in different banks.
+// shared memory (stmatrix, sm_90 and later); load_matrices.cuh is the way back. Lane 8 j + r gives the address of row r
+// of matrix j, a multiple of 16. Word j of lane t has value t / 4 of rows 2 (t % 4) and, in the upper half, the row
+// after that, of matrix j. Eight rows are written at a time: those of a matrix should lie in different banks.
 #pragma once
 #include "platform.cuh"
 

@@ -645,9 +645,9 @@ def _strides(size, strides, itemsize):
 
 
 def outputs_per_store(plan, ending, strides):
-    """How warpgroup_endings.cuh stores: the outputs of a row that one store of at most 16 bytes may write, neighbours in
-    memory, aligned in every row, image and tile, and all or none of them existing. Where channels are the neighbours,
-    the channels that it may write, times -1."""
+    """How warpgroup_endings.cuh stores: the outputs of a row that one store of at most 16 bytes may write, neighbours
+    in memory, aligned in every row, image and tile, and all or none of them existing. Where the neighbours are
+    channels, how many of these it may write, times -1."""
     fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
     if plan.channel_min:
         return 1
