@@ -238,6 +238,8 @@ def test_every_way_to_store_rows(stride, dtype, kernel, monkeypatch):
         return choose(*arguments)
 
     monkeypatch.setattr(warpgroup, "outputs_per_store", outputs_per_store)
+    monkeypatch.setattr(warpgroup, "SHAPES", [shape for shape in warpgroup.SHAPES if shape.phases == stride])
+    monkeypatch.setattr(warpgroup, "plan", functools.cache(warpgroup.plan.__wrapped__))
     generator = np.random.default_rng(0)
     x, w, b = (generator.integers(-2, 3, shape).astype(dtype) for shape in ((2, 9, 3, 40), (9, 21, 2, 4), (21,)))
     x, w = (x, w[..., :3]) if stride == 1 else (x, w)

@@ -20,7 +20,7 @@
 // consumer's job is 64 output channels by kPhases * kPixels columns, in 128 registers of each thread. Consumers take
 // turns: while one multiplies, the other one ends its last job (chain of functions, stores), so that the tensor cores
 // never wait for an epilogue. Of the producers, one warp streams the packed weights by bulk copies into a ring, 64 rows
-// of 128 bytes for each slab and tap, two taps at a time; three stage the input, by the copy engine
+// of 128 bytes for each slab and tap; three stage the input, by the copy engine
 // (warpgroup_boxes.cuh) or pixel by pixel (warpgroup_staging.cuh). A tile's slabs are staged once for all its jobs if
 // there is room (`resident`), otherwise once per job. Rings of mbarriers connect the roles; all roles walk through the
 // same list of jobs. How many stages, boxes and weights there are in shared memory is the plan's choice: a ring of
@@ -88,7 +88,7 @@ struct WarpgroupGather {
       return stage(p, p.stages) + (warp * p.boxes + slot) * p.box_bytes;
     }
     __device__ unsigned char* weights(const WarpgroupParams& p, int slot) {
-      return pool + kPoolBytes - (p.weight_stages - slot) * (kTapsTogether * kWeightBytes);
+      return pool + kPoolBytes - (p.weight_stages - slot) * kWeightBytes;
     }
   };
 #if RAWKERN_GPU
@@ -146,14 +146,6 @@ struct WarpgroupGather {
   __device__ static int steps_before(const WarpgroupParams& p, int pass) {
     return p.first_step[pass * kPhases] * p.slabs;
   }
-  // Of the ring of weights, the slots that a pass takes: each for two taps of a phase, or for the last one.
-  __device__ static int weight_slots(const WarpgroupParams& p, int pass) {
-    int slots = 0;
-#pragma unroll
-    for (int phase = pass * kPhases; phase < (pass + 1) * kPhases; ++phase)
-      slots += (p.first_step[phase + 1] - p.first_step[phase] + 1) / kTapsTogether;
-    return slots * p.slabs;
-  }
 
   __device__ static void stream_weights(const WarpgroupParams& p, Memory& memory) {
     Ring ring;
@@ -161,18 +153,16 @@ struct WarpgroupGather {
       if (!job.exists) return;
       TilePlace tile = place(p, job.tile);
       int64 unit = Ending::kAllRows ? job.unit : tile.group * p.units + job.unit;
-      const unsigned char* source = static_cast<const unsigned char*>(p.weight) +
-                                    (unit * steps_before(p, p.passes) + steps_before(p, job.pass)) * kWeightBytes;
-      for (int slab = 0; slab < p.slabs; ++slab)
-        for (int phase = job.pass * kPhases; phase < (job.pass + 1) * kPhases; ++phase)
-          for (int left = p.first_step[phase + 1] - p.first_step[phase]; left > 0; left -= kTapsTogether) {
-            int bytes = (left < kTapsTogether ? left : kTapsTogether) * kWeightBytes;
-            mbarrier_wait(memory.empty[kMaxStages + ring.slot], ring.parity ^ 1);
-            mbarrier_arrive_expect(memory.weight_full[ring.slot], bytes);
-            bulk_copy(memory.weights(p, ring.slot), source, bytes, memory.weight_full[ring.slot]);
-            source += bytes;
-            ring.advance(p.weight_stages);
-          }
+      int first = steps_before(p, job.pass), last = steps_before(p, job.pass + 1);
+      const unsigned char* source =
+          static_cast<const unsigned char*>(p.weight) + (unit * steps_before(p, p.passes) + first) * kWeightBytes;
+      for (int step = first; step < last; ++step) {
+        mbarrier_wait(memory.empty[kMaxStages + ring.slot], ring.parity ^ 1);
+        mbarrier_arrive_expect(memory.weight_full[ring.slot], kWeightBytes);
+        bulk_copy(memory.weights(p, ring.slot), source, kWeightBytes, memory.weight_full[ring.slot]);
+        source += kWeightBytes;
+        ring.advance(p.weight_stages);
+      }
     });
   }
 
@@ -329,30 +319,42 @@ struct WarpgroupGather {
     }
   };
 
-  // What the products of a slot of weights begin with.
+  // What the products of two taps begin with.
   struct Operands {
-    uint64 weights, taps[kTapsTogether];
+    uint64 weights[kTapsTogether], taps[kTapsTogether];
   };
 
-  // The products of a slot of weights: kTaps taps, each kSlices instructions of 32 bytes of channels.
+  // The products of kTaps taps, each kSlices instructions of 32 bytes of channels.
   //
   // An instruction waits until the tensor cores take it, and they have room for no more than one or two. So what comes
-  // after the last product of a slot and before the first one of the next is time in which they run dry: no more than a
-  // few instructions. What comes next is looked up between the products of this slot, without a branch (the assembler
-  // closes a group of products at the end of a basic block by itself, and waiting for a number of groups would count
-  // it). A slot is given back when the next one's products have been issued.
+  // after the last product of these taps and before the first one of the next is time in which they run dry: no more
+  // than a few instructions, and only once for two taps. What the next taps need is looked up between the products of
+  // these, without a branch (the assembler closes a group of products at the end of a basic block by itself, and
+  // waiting for a number of groups would count it). The taps' slots are given back when the next ones' products have
+  // been issued.
   template <int kSlices, int kTaps, int kRegisters>
-  __device__ __forceinline__ static void multiply_slot(const WarpgroupParams& p, Reader& reader, Ring& ring,
+  __device__ __forceinline__ static void multiply_taps(const WarpgroupParams& p, Reader& reader, Ring& ring,
                                                        float (&sum)[kRegisters], uint64 pixels, Operands& operands,
                                                        int (&offsets)[kTapsTogether], int next_step) {
     Memory& memory = reader.memory;
-    if (!reader.ready) mbarrier_wait(memory.weight_full[ring.slot], ring.parity);
+    Ring last = ring;
+    if (kTaps == 2) last.advance(p.weight_stages);
+    if (!reader.ready) {
+      mbarrier_wait(memory.weight_full[ring.slot], ring.parity);
+      if (kTaps == 2) mbarrier_wait(memory.weight_full[last.slot], last.parity);
+    }
     wgmma_fence();
-    wgmma<Operand>(sum, operands.weights, operands.taps[0]);
-    int held = reader.lane == 0 ? kMaxStages + ring.slot : -1;
+    wgmma<Operand>(sum, operands.weights[0], operands.taps[0]);
+    int slot = reader.lane == 0 ? ring.slot : last.slot, held = reader.lane < kTaps ? kMaxStages + slot : -1;
+    ring = last;
     ring.advance(p.weight_stages);
-    reader.ready = mbarrier_test(memory.weight_full[ring.slot], ring.parity);
-    Operands next = {computed_descriptor(matrix_descriptor(memory.weights(p, ring.slot)))};
+    last = ring;
+    last.advance(p.weight_stages);
+    // The second one may come after the phase's last tap, and then late: no reason to look twice.
+    reader.ready = mbarrier_test(memory.weight_full[ring.slot], ring.parity) &
+                   mbarrier_test(memory.weight_full[last.slot], last.parity);
+    Operands next = {{computed_descriptor(matrix_descriptor(memory.weights(p, ring.slot))),
+                      computed_descriptor(matrix_descriptor(memory.weights(p, last.slot)))}};
 #pragma unroll
     for (int i = 0; i < kTapsTogether; ++i) {
       next.taps[i] = computed_descriptor(advance_descriptor(pixels, offsets[i] * kSwizzledRow));
@@ -360,7 +362,7 @@ struct WarpgroupGather {
     }
 #pragma unroll
     for (int k = 1; k < kTaps * kSlices; ++k)
-      wgmma<Operand>(sum, advance_descriptor(operands.weights, k / kSlices * kWeightBytes + k % kSlices * 32),
+      wgmma<Operand>(sum, advance_descriptor(operands.weights[k / kSlices], k % kSlices * 32),
                      advance_descriptor(operands.taps[k / kSlices], k % kSlices * 32));
     wgmma_commit();
     wgmma_wait<1>();
@@ -374,11 +376,14 @@ struct WarpgroupGather {
   __device__ __forceinline__ static void multiply(const WarpgroupParams& p, Reader& reader, float (&sum)[kRegisters],
                                                   uint64 pixels, int first, int end) {
     if (first == end) return;
+    Memory& memory = reader.memory;
     first = uniform(first);
     end = uniform(end);
     pixels = uniform_descriptor(pixels);
-    Ring ring = {uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))};
-    Operands operands = {matrix_descriptor(reader.memory.weights(p, ring.slot))};
+    Ring ring = {uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))}, second = ring;
+    second.advance(p.weight_stages);
+    Operands operands = {
+        {matrix_descriptor(memory.weights(p, ring.slot)), matrix_descriptor(memory.weights(p, second.slot))}};
     int offsets[kTapsTogether];  // of the taps after these: they take long to look up
 #pragma unroll
     for (int i = 0; i < kTapsTogether; ++i) {
@@ -388,8 +393,8 @@ struct WarpgroupGather {
     int step = first;
 #pragma unroll 1
     for (; step + kTapsTogether <= end; step += kTapsTogether)
-      multiply_slot<kSlices, kTapsTogether>(p, reader, ring, sum, pixels, operands, offsets, step + kTapsTogether);
-    if (step < end) multiply_slot<kSlices, 1>(p, reader, ring, sum, pixels, operands, offsets, step);
+      multiply_taps<kSlices, kTapsTogether>(p, reader, ring, sum, pixels, operands, offsets, step + kTapsTogether);
+    if (step < end) multiply_taps<kSlices, 1>(p, reader, ring, sum, pixels, operands, offsets, step);
     reader.weights = ring;
   }
 
@@ -428,7 +433,7 @@ struct WarpgroupGather {
         multiply_slab<2>(p, reader, sum, pixels, job.pass);
       else
         multiply_slab<1>(p, reader, sum, pixels, job.pass);
-      if (give_stages_back && reader.lane == 1) {  // lane 0 has the weights
+      if (give_stages_back && reader.lane == kTapsTogether) {  // those before it have the weights
         if (has_steps)
           reader.held = stages.slot;
         else
@@ -455,7 +460,7 @@ struct WarpgroupGather {
         reader.next_tile.skip(p.slabs, p.stages);
       }
       if (job.consumer != consumer) {
-        if (job.exists) reader.weights.skip(weight_slots(p, job.pass), p.weight_stages);
+        if (job.exists) reader.weights.skip(steps_before(p, job.pass + 1) - steps_before(p, job.pass), p.weight_stages);
         return;
       }
       if (!job.exists) {

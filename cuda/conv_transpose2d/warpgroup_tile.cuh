@@ -5,7 +5,7 @@
 
 namespace rawkern {
 
-constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 6, kMaxBoxes = 4;
+constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12, kMaxBoxes = 4;
 
 // How the input is staged (warpgroup_staging.cuh). Where its pixels are neighbours, the copy engine brings boxes of
 // rows, or where rows begin anywhere, of the tensor as one long row; where channels are, it brings what is to be

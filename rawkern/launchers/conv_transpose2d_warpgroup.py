@@ -17,17 +17,16 @@ from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .tensor_map import MAP_BYTES, MAX_BOX, MAX_STEP, NO_TENSOR, TENSOR, is_copied_by_engine, tensor_fields
 
-_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES, _MAX_BOXES = 256, 64, 8, 6, 4
+_MAX_STEPS, _MAX_PHASES, _MAX_STAGES, _MAX_WEIGHT_STAGES, _MAX_BOXES = 256, 64, 8, 12, 4
 _THREADS, _CONSUMERS, _CONSUMER_WARPS, _STAGERS = 384, 2, 8, 3
 _ROWS = 64  # of a job: output channels
 _ROW_BYTES = 128  # of a pixel's slab, or of a row of packed weights
-_TAP_BYTES = _ROWS * _ROW_BYTES  # of weights, for a slab
-_TAPS_TOGETHER = 2  # of a phase, in one slot of the ring of weights
-_WEIGHT_BYTES = _TAPS_TOGETHER * _TAP_BYTES
-_WEIGHT_STAGES = 2  # at least
+_WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
+_TAPS_TOGETHER = 2  # of a phase
+_WEIGHT_STAGES = 4  # at least
 _SEGMENT = 32  # pixels of a row that a box is for
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = (30 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
+_BARRIER_BYTES = (42 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
 PARAMS = runtime.params(
@@ -269,8 +268,8 @@ class _Work:
         return sum(len(phase) for phase in height.taps) * sum(len(phase) for phase in width.taps)
 
     @property
-    def weight_slots(self):
-        """Of the ring of weights, for a slab of a unit in all phases: pairs of taps, and what is left of each phase."""
+    def pairs_of_taps(self):
+        """Of all phases; what is left of a phase counts as one."""
         height, width = self.axes
         taps = [len(row) * len(column) for row, column in itertools.product(height.taps, width.taps)]
         return sum(-(-count // _TAPS_TOGETHER) for count in taps)
@@ -376,7 +375,7 @@ class _Work:
         if most < 2:
             return None
         wanted = _CONSUMERS * self.slabs if self._jobs(shape) > 1 and self.groups_per_tile == 1 else 3
-        weight_stages = min(4, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
+        weight_stages = min(8, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
         stages = min(_MAX_STAGES, (pool - weight_stages * _WEIGHT_BYTES) // stage_bytes)
         pool -= stages * stage_bytes + weight_stages * _WEIGHT_BYTES
         if box_bytes:
@@ -400,23 +399,23 @@ class _Work:
     def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
         """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between those of one
-        slot of weights and of the next; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each column (46 in
-        float, 9 where only the minimum is kept), more where phases that are neighbours in memory are computed apart,
-        and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows waste. All these
-        are in each other's way, the more so the closer they are.
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between those of
+        two taps and of the next two; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each
+        column (46 in float, 9 where only the minimum is kept), more where phases that are neighbours in memory are
+        computed apart, and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows
+        waste. All these are in each other's way, the more so the closer they are.
         """
         jobs = self._jobs(shape) // parts
         units = self.units * self.groups_per_tile / parts
         slices = (self.slabs - 1) * 4 + self.last_slices
         steps = self.steps * units
         row_bytes = columns * self.dtype.itemsize
-        slots = self.weight_slots * units
-        multiply = steps * slices * shape.pixels / 2 + slots * 190 * self.slabs + 1335 * jobs
+        gaps = self.pairs_of_taps * units * self.slabs
+        multiply = steps * slices * shape.pixels / 2 + gaps * 190 + 1335 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 600)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
-        weights = slots * self.slabs * 1190 / (weight_stages - 1)
+        weights = steps * self.slabs * 1190 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
         epilogue = 31 if self.dtype.itemsize == 2 else 46
         epilogue = 9 if self.channel_min else epilogue * (1 + 33 / (row_bytes * shape.phases))
@@ -491,7 +490,7 @@ class _Work:
             offset=_padded(offsets, _MAX_STEPS + 4),
         )
         tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
-        packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _TAP_BYTES
+        packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _WEIGHT_BYTES
         pack_fields = dict(
             count=packed_bytes // 16,
             depth=self.depth,
@@ -639,9 +638,12 @@ def _flat(array, channels):
 
 
 def _strides(size, strides, itemsize):
-    """Those of all axes but the first, in which elements must be neighbours; of an axis of one element any will do."""
+    """Those of all axes but the first; zeros unless elements are neighbours in that one. Of an axis of one element any
+    will do."""
     neighbours = strides[0] == itemsize or size[0] == 1
-    return [16 if extent == 1 else stride * neighbours for extent, stride in zip(size[1:], strides[1:], strict=True)]
+    return [
+        16 * neighbours if extent == 1 else stride * neighbours for extent, stride in zip(size, strides, strict=True)
+    ][1:]
 
 
 def outputs_per_store(plan, ending, strides):
