@@ -399,9 +399,9 @@ class _Work:
     def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
         """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 190 pass between those of
-        two taps and of the next two; a copy of weights is 1190 cycles under way; an epilogue takes some 31 for each
-        column (46 in float, 9 where only the minimum is kept), more where phases that are neighbours in memory are
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 250 pass between those of
+        two taps and of the next two; a copy of weights is 1860 cycles under way; an epilogue takes some 38 for each
+        column (51 in float, 15 where only the minimum is kept), more where phases that are neighbours in memory are
         computed apart, and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows
         waste. All these are in each other's way, the more so the closer they are.
         """
@@ -411,17 +411,19 @@ class _Work:
         steps = self.steps * units
         row_bytes = columns * self.dtype.itemsize
         gaps = self.pairs_of_taps * units * self.slabs
-        multiply = steps * slices * shape.pixels / 2 + gaps * 190 + 1335 * jobs
+        multiply = steps * slices * shape.pixels / 2 + gaps * 250 + 1220 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
-        staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 600)
+        staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 540)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
-        weights = steps * self.slabs * 1190 / (weight_stages - 1)
+        weights = steps * self.slabs * 1860 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
-        epilogue = 31 if self.dtype.itemsize == 2 else 46
-        epilogue = 9 if self.channel_min else epilogue * (1 + 33 / (row_bytes * shape.phases))
-        epilogue = jobs * shape.phases * shape.pixels * (epilogue + 33 * apart)
+        epilogue = 38 if self.dtype.itemsize == 2 else 51
+        epilogue = 15 if self.channel_min else epilogue * (1 + 28 / (row_bytes * shape.phases))
+        epilogue = jobs * shape.phases * shape.pixels * (epilogue + 30 * apart)
         consumer = multiply + epilogue
-        tile = sum(part**3.2 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 3.2)
+        tile = sum(part**3.6 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 3.6)
+        if stages <= self.slabs:  # no slab of the next tile is staged while this one's are multiplied
+            tile *= 1.1
         turns = -(-tiles // self.groups_per_tile * parts // self.processors)
         return turns * tile + turns % 2 * consumer / 4  # the last tile has the multiprocessor to itself
 
@@ -430,14 +432,14 @@ class _Work:
         height, width = self.axes
         wide = self.dtype.itemsize == 4
         if self.staging == CHANNELS:
-            return rows * width.in_step / _STAGERS * 20
-        more = 260 if height.in_step * width.in_step > 1 else 0
+            return rows * width.in_step / _STAGERS * 190
+        more = 315 if height.in_step * width.in_step > 1 else 0
         if self.staging == PIXELS:
-            return -(-pitch * rows // (_STAGERS * 32)) * ((1600 if wide else 2350) + more)
+            return -(-pitch * rows // (_STAGERS * 32)) * ((1640 if wide else 2400) + more)
         boxes = -(-pitch * width.in_step // _SEGMENT) * rows / width.in_step / _STAGERS
         if self.staging == ROWS:
             return boxes * (1000 + more)
-        return boxes * ((1250 if wide else 1830) + more)
+        return boxes * ((1325 if wide else 2010) + more)
 
     def plan(self, tile, transposed):
         height, width = self.axes
