@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -9,6 +10,10 @@ from rawkern.autograd import operator
 from rawkern.launchers import repeat
 
 torch.manual_seed(0)
+# The same examples in every run, so that what fails anywhere fails everywhere; HYPOTHESIS_PROFILE=explore draws others.
+hypothesis.settings.register_profile("repeat", derandomize=True)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 def _has_gpu():

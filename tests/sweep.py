@@ -1,12 +1,14 @@
-"""Runs launchers forward and backward on small odd NumPy arrays, for their memory accesses, not for their results.
+"""Runs launchers forward and backward on small odd arrays, for their memory accesses, not for their results.
 
 `python tests/sweep.py OP ...` runs the named ones (all without arguments); test_sanitizer.py does so under
-AddressSanitizer, test_compile.py to see which instantiations are launched.
+AddressSanitizer, test_compile.py to see which instantiations are launched. With RAWKERN_SWEEP_DEVICE=cuda arrays are
+CuPy's, for `compute-sanitizer --tool memcheck` (racecheck, synccheck, initcheck).
 """
 
 import contextlib
 import functools
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -51,21 +53,41 @@ MOMENTS = chain_of((epilogue.GELU(),))
 DTYPES = tuple(runtime.CPP_TYPES)
 
 
+if os.environ.get("RAWKERN_SWEEP_DEVICE") == "cuda":
+    import cupy as xp
+else:
+    xp = np
+
+
 def numbers(shape, dtype, seed=0):
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+    array = np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+    return array if xp is np else xp.asarray(_bits(array)).view(dtype)
+
+
+def _bits(array):
+    """Numbers of a type that every array library can copy."""
+    return array.view(f"u{array.itemsize}")
+
+
+def empty(shape, dtype=np.float64):
+    return xp.empty(shape, dtype)
+
+
+def contiguous(array):
+    return _bits(array).copy().view(array.dtype)
 
 
 def channels_last(array):
     """The same values in channels-last memory."""
     order = (0, *range(2, array.ndim), 1)
-    return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+    return _bits(array).transpose(order).copy().view(array.dtype).transpose(np.argsort(order).tolist())
 
 
 def strided(array):
     """The same values with holes between them."""
-    wide = np.full((*array.shape, 2), np.nan, array.dtype)
-    wide[..., 0] = array
-    return wide[..., 0]
+    wide = xp.full((*array.shape, 2), -1, f"i{array.itemsize}").view(f"u{array.itemsize}")  # no numbers
+    wide[..., 0] = _bits(array)
+    return wide.view(array.dtype)[..., 0]
 
 
 #: (N, C_in, H, W), (C_in, C_out / groups, kH, kW), stride, padding, output_padding, groups, dilation
@@ -132,6 +154,7 @@ WARPGROUP_CONVOLUTIONS = (
     ((2, 16, 2, 33), (16, 16, 3, 3), (2, 4), 1, 1, 1, 1),
     ((1, 70, 2, 95), (70, 5, 2, 3), 1, (0, 1), 0, 1, 1),
     ((1, 66, 2, 40), (66, 5, 1, 3), 1, 0, 0, 1, 1),
+    ((2, 24, 3, 16), (24, 16, 4, 4), 2, 1, 0, 1, 1),
 )
 
 
@@ -201,10 +224,10 @@ def _sweep_blocks():
 def sweep_conv_transpose2d_weight_gradient():
     """On tensor cores: each kind of instruction and way of staging, with channels and pixels that end in a tile."""
     cases = (  # width, kernel's width, stride, padding, arrangement
-        (9, 3, 1, 1, np.ascontiguousarray),
+        (9, 3, 1, 1, contiguous),
         (9, 3, 1, 1, channels_last),
-        (64, 5, 1, 1, np.ascontiguousarray),
-        *((64, 3, stride, padding, np.ascontiguousarray) for stride in (1, 2) for padding in (0, 1)),
+        (64, 5, 1, 1, contiguous),
+        *((64, 3, stride, padding, contiguous) for stride in (1, 2) for padding in (0, 1)),
     )
     for arch, dtype in itertools.product(("sm_90a", "sm_80"), (np.dtype("float32"), np.dtype("float16"))):
         for width, kernel, stride, padding, arrange in cases:
@@ -225,12 +248,12 @@ def sweep_conv_transpose2d_min_sum_gelu_add():
         geometry = Geometry.of(input_shape, weight_shape, *rest)
         input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
         conv_bias, bias = numbers(geometry.out_channels, dtype, 2), numbers((3, 1, 1), dtype, 3)
-        index = np.empty((geometry.batch, *geometry.output_size), np.int32)
-        sums = np.empty((geometry.batch, geometry.output_size[1]), runtime.accumulator(dtype))
+        index = empty((geometry.batch, *geometry.output_size), np.int32)
+        sums = empty((geometry.batch, geometry.output_size[1]), runtime.accumulator(dtype))
         out = fused_min_conv_transpose2d_min_sum_gelu_add(input, weight, conv_bias, bias, *rest, index=index, sums=sums)
         grad_sum = min_sum_sum_gradient(out, sums)
-        for arrange in (np.ascontiguousarray, channels_last):
-            fused_min_input_gradient(grad_sum, index, weight, geometry, out=arrange(np.empty_like(input)))
+        for arrange in (contiguous, channels_last):
+            fused_min_input_gradient(grad_sum, index, weight, geometry, out=arrange(empty(input.shape, input.dtype)))
             fused_min_weight_gradient(grad_sum, index, arrange(input), geometry)
         fused_min_conv_bias_gradient(grad_sum, index, geometry, dtype)
 
@@ -242,9 +265,9 @@ def sweep_conv_transpose2d_gelu_group_norm():
         input, weight = numbers(input_shape, dtype), numbers(weight_shape, dtype, 1)
         bias, norm_weight = numbers(geometry.out_channels, dtype, 2), numbers(geometry.out_channels, dtype, 3)
         num_groups = next(n for n in (5, 3, 2, 1) if geometry.out_channels % n == 0)
-        mean, rstd = np.empty((2, geometry.batch, num_groups))
-        for arrange in (np.ascontiguousarray, channels_last):
-            saved = arrange(np.empty(geometry.output_shape, dtype))
+        mean, rstd = empty((2, geometry.batch, num_groups))
+        for arrange in (contiguous, channels_last):
+            saved = arrange(empty(geometry.output_shape, dtype))
             out = fused_norm_conv_transpose2d_gelu_group_norm(
                 arrange(input),
                 weight,
@@ -266,10 +289,10 @@ def sweep_conv_transpose2d_gelu_group_norm():
 def sweep_group_norm():
     """Group normalisation and its two derivatives, plain and with GELU before it."""
     shapes = ((2, 6), (3, 4, 5), (2, 6, 3, 7), (1, 8, 17, 33), (2, 4, 2, 3, 5), (1, 12, 1, 1), (5, 70, 3, 1))
-    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (contiguous, channels_last, strided)):
         input, grad = arrange(numbers(shape, dtype)), arrange(numbers(shape, dtype, 1))
         weight = numbers(shape[1], dtype, 2)
-        mean, rstd = np.empty((2, shape[0], 2))
+        mean, rstd = empty((2, shape[0], 2))
         group_norm(input, 2, weight, weight, mean=mean, rstd=rstd)
         group_norm_backward(grad, input, mean, rstd, weight)
         grads = dict(grad_grad_input=grad, grad_grad_weight=weight, grad_grad_bias=weight)
@@ -280,18 +303,18 @@ def sweep_group_norm():
 
 def sweep_min_sum_gelu_add():
     shapes = ((1, 1, 1, 1), (2, 5, 3, 7), (3, 33, 9, 4), (1, 70, 2, 65))
-    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (contiguous, channels_last, strided)):
         batch, _, height, width = shape
         input = arrange(numbers(shape, dtype))
-        index = np.empty((batch, height, width), np.int32)
-        sums = np.empty((batch, width), runtime.accumulator(dtype))
+        index = empty((batch, height, width), np.int32)
+        sums = empty((batch, width), runtime.accumulator(dtype))
         for bias_shape in ((1, 1, 1), (3, 1, 1), (batch, 1, 2, width), (2, 1, 1, 1, 1)):
             out = min_sum_min_sum_gelu_add(input, numbers(bias_shape, dtype, 1), index=index, sums=sums)
             grad_sum = min_sum_sum_gradient(out, sums)
             min_sum_bias_gradient(out, bias_shape)
         min_sum_input_gradient(grad_sum, index, shape, dtype)
         if arrange is channels_last:
-            min_sum_input_gradient(grad_sum, index, shape, dtype, out=channels_last(np.empty(shape, dtype)))
+            min_sum_input_gradient(grad_sum, index, shape, dtype, out=channels_last(empty(shape, dtype)))
 
 
 def sweep_pointwise():
@@ -305,7 +328,7 @@ def sweep_pointwise():
             (epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)),
             (epilogue.Mul(tensors[0]), epilogue.SiLU(), epilogue.Sub(tensors[1])),
         )
-        for chain, arrange in itertools.product(chains, (np.ascontiguousarray, channels_last, strided)):
+        for chain, arrange in itertools.product(chains, (contiguous, channels_last, strided)):
             if len(shape) == 1 and arrange is channels_last:
                 continue
             input, grad = arrange(numbers(shape, dtype, 2)), arrange(numbers(shape, dtype, 3))
@@ -325,7 +348,7 @@ def sweep_gelu():
 
 def sweep_channel_sum():
     shapes = ((1, 1), (3, 5), (7, 3, 9), (2, 33, 5, 7), (1, 2, 70, 33), (65, 3, 2, 1))
-    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (np.ascontiguousarray, channels_last, strided)):
+    for dtype, shape, arrange in itertools.product(DTYPES, shapes, (contiguous, channels_last, strided)):
         for axis in range(len(shape)):
             channel_sum(arrange(numbers(shape, dtype)), axis)
 

@@ -61,6 +61,7 @@ __device__ inline void make_tensor_map(TensorMap* to, TensorMap& shared, const T
   constexpr int kElement = sizeof(T) == 4 ? 11 : 1;  // TF32; 16 bits, whatever they mean
   unsigned map = shared_address(&shared);
   shared.words[threadIdx.x % kWarp] = 0;
+  to->words[threadIdx.x % kWarp] = 0;  // initcheck takes the copy below for a reader of what it writes
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
     asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" ::"r"(map), "l"(p.tensor)
