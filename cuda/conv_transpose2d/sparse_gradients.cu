@@ -47,26 +47,36 @@ struct InputPixel {
   }
 };
 
-// What a pixel meets at one tap: the gradient, the output channel within its group (-1: no pixel there), and the first
-// input channel of that group.
+// A tap by its number: what to add to a pixel's place times the stride, to get the output pixel's.
+struct Tap {
+  bool exists;
+  int64 h, w;
+
+  __device__ Tap(const SparseGeometry& p, int number) : exists(number < p.taps()) {
+    int row = number / p.kernel[1];
+    h = int64(row) * p.dilation[0] - p.padding[0];
+    w = int64(number - row * p.kernel[1]) * p.dilation[1] - p.padding[1];
+  }
+};
+
+// What a pixel meets at one tap: the gradient, the output channel within its group (-1: no pixel there), and the group.
 template <class A>
 struct __align__(16) Meeting {
   A grad;
   int channel;
-  int first;
+  int group;
 };
 
 template <class A>
 __device__ inline Meeting<A> meet(const SparseGeometry& p, const A* grad, const int* index, const InputPixel& pixel,
-                                  int tap) {
+                                  const Tap& tap) {
   Meeting<A> none{A(0), -1, 0};
-  int tap_h = tap / p.kernel[1], tap_w = tap - tap_h * p.kernel[1];
-  int64 h = int64(pixel.h) * p.stride[0] - p.padding[0] + int64(tap_h) * p.dilation[0];
-  int64 w = int64(pixel.w) * p.stride[1] - p.padding[1] + int64(tap_w) * p.dilation[1];
-  if (!pixel.exists || tap >= p.taps() || uint64(h) >= uint64(p.out_size[0]) || uint64(w) >= uint64(p.out_size[1]))
+  int64 h = int64(pixel.h) * p.stride[0] + tap.h, w = int64(pixel.w) * p.stride[1] + tap.w;
+  if (!pixel.exists || !tap.exists || uint64(h) >= uint64(p.out_size[0]) || uint64(w) >= uint64(p.out_size[1]))
     return none;
-  int channel = index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w], group = channel / p.out_per_group;
-  return Meeting<A>{grad[pixel.image * p.out_size[1] + w], channel - group * p.out_per_group, group * p.in_per_group};
+  int channel = index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w];
+  int group = p.in_per_group == p.in_channels ? 0 : channel / p.out_per_group;
+  return Meeting<A>{grad[pixel.image * p.out_size[1] + w], channel - group * p.out_per_group, group};
 }
 
 // packed[tap][output channel within the group][input channel], padded with zeros; one thread per element.
@@ -125,7 +135,7 @@ struct SparseInputGradient {
 
   struct Storage {
     union {
-      Meeting<A> meeting[kTaps][kPixels];
+      Meeting<A> meeting[kTaps][kPixels];  // as find_row returns them
       A result[kSparseChannels][kPixels + 1];
     };
     int64 offset[kPixels];  // in the output; -1 if there is no such pixel
@@ -153,12 +163,14 @@ struct SparseInputGradient {
     store(p, shared, sum, channel);
   }
 
-  // What the pixel meets at this tap, with the number of the weights' row in place of the output channel; no row if it
-  // belongs to a group with no channel in this block.
+  // What the pixel meets at this tap, with the number of the weights' row in place of the output channel, and the first
+  // input channel of the group in place of the group; no row if no channel of this block is of the group.
   __device__ static Meeting<A> find_row(const Params& p, const InputPixel& pixel, int tap, int channel) {
-    Meeting<A> found = meet(p.geometry, p.grad, p.index, pixel, tap);
-    bool here = found.first < channel + kSparseChannels && found.first + p.geometry.in_per_group > channel;
+    Meeting<A> found = meet(p.geometry, p.grad, p.index, pixel, Tap(p.geometry, tap));
+    int first = found.group * p.geometry.in_per_group;
+    bool here = first < channel + kSparseChannels && first + p.geometry.in_per_group > channel;
     found.channel = found.channel >= 0 && here ? tap * p.geometry.out_per_group + found.channel : -1;
+    found.group = first;
     return found;
   }
 
@@ -177,7 +189,7 @@ struct SparseInputGradient {
           auto weight = *reinterpret_cast<const Packed<T, kWidth>*>(row + i);
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
-            bool meets = met.channel >= 0 && unsigned(own + i + j - met.first) < unsigned(p.geometry.in_per_group);
+            bool meets = met.channel >= 0 && unsigned(own + i + j - met.group) < unsigned(p.geometry.in_per_group);
             A added = sum[share][i + j] + met.grad * to_accumulator(weight.value[j]);
             sum[share][i + j] = meets ? added : sum[share][i + j];
           }
@@ -203,20 +215,29 @@ struct SparseInputGradient {
   }
 };
 
-// A block owns 32 input channels, four taps, a few output channels and a slice of the pixels; each of its warps owns a
-// tap. A warp keeps its sums, [output channel][input channel], in shared memory and goes through the pixels in order: a
-// lane adds g x to the sum of its input channel and the pixel's output channel. All warps use the same tile of x, 32
-// channels of 32 pixels; while they do, the next one is on its way to registers. The slices' sums,
+// A block owns 32 input channels, three taps, up to 128 output channels and a slice of the pixels; each of its warps
+// owns a tap. A warp keeps its sums, [output channel][input channel], in shared memory and goes through the pixels in
+// order: a lane adds g x to the sum of its input channel and the pixel's output channel. All warps use the same tile of
+// x, 32 channels of 32 pixels; while they do, the next one is on its way to registers. The slices' sums,
 // partial[slice][tap][output channel][input channel], are added in order, in double, by a later launch.
+//
+// One pixel after the other would wait for shared memory three times: for what the pixel meets, for the sum, and until
+// the sum is back. So pixels come in batches of four: what they meet and their x are loaded during the batch before,
+// then all four sums, and where two pixels of a batch have the same sum the later one takes it from the registers of
+// the earlier one. Per pixel and tap that is 3.5 accesses to shared memory: x, half an access for what is met, the sum
+// twice.
 template <class T>
 struct SparseWeightGradient {
   using A = Accumulator<T>;
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = 3;  // kernels of 3 x 3 leave none of them idle
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = 4;
   static constexpr int kPixels = kWarp;
-  static constexpr int kRows = 512 / sizeof(A);            // output channels: 16 KB of sums per warp
-  static constexpr int kLoads = kSparseChannels / kWarps;  // of a thread, per tile
+  static constexpr int kBatch = 4;
+  static constexpr int kRows = 512 / sizeof(A);                           // output channels: 16 KB of sums per warp
+  static constexpr int kSums = kRows * kSparseChannels;                   // of a warp
+  static constexpr int kLoads = (kSparseChannels + kWarps - 1) / kWarps;  // of a thread, per tile
+  static constexpr int kNowhere = -(1 << 30);
 
   struct Params {
     const A* grad;
@@ -230,21 +251,31 @@ struct SparseWeightGradient {
     int unused;
   };
 
-  struct Storage {
-    A sum[kWarps][kRows][kSparseChannels];
-    A x[kPixels][kSparseChannels + 1];
-    Meeting<A> meeting[kWarps][kPixels];
+  // What a batch of pixels meets at the warp's tap. A sum's place is its number plus kSums for each group of input
+  // channels that begins before it in the block, or kNowhere.
+  struct __align__(16) Batch {
+    A grad[kBatch];
+    int place[kBatch];
   };
 
-  // What a block owns. Taps and channels run fastest, so that the blocks that read the same x run together.
+  struct Storage {
+    A sum[kWarps][kSums];
+    A x[kPixels][kSparseChannels + 1];
+    Batch batch[kWarps][kPixels / kBatch];
+  };
+
+  // What a warp owns. Taps and channels run fastest, so that the blocks that read the same x run together.
   struct Place {
-    int tap, channel, row;  // the first of each; tap: of this warp
+    int number;        // of the tap
+    int channel, row;  // the first of each
+    int group;         // of the first channel
+    int own;           // the lane's sum of row 0, less the place it has in a Batch
     int64 slice;
 
     __device__ explicit Place(const SparseGeometry& p) {
       int64 block = linear_block();
       int64 tap_bundles = ceil_div(p.taps(), kWarps), next = divide(block, tap_bundles);
-      tap = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
+      number = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
       block = next;
       int64 chunks = p.padded_channels / kSparseChannels;
       next = divide(block, chunks);
@@ -253,85 +284,122 @@ struct SparseWeightGradient {
       int64 bundles = ceil_div(p.out_per_group, kRows);
       slice = divide(block, bundles);
       row = int(block - slice * bundles) * kRows;
+      int lane = threadIdx.x % kWarp;
+      group = channel / p.in_per_group;
+      own = lane - ((channel + lane) / p.in_per_group - group) * kSums;
     }
   };
 
   // One tile on its way to shared memory: this thread's elements of x, and what pixel `lane` meets at the warp's tap.
   struct Staged {
     A x[kLoads];
-    Meeting<A> meeting;
+    A grad;
+    int place;
   };
 
   __device__ static void run(const Params& p) {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
     Place place(p.geometry);
     if (place.slice >= p.slices) return;
+    Tap tap(p.geometry, place.number);
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    auto& sum = shared.sum[warp];
-    for (int row = 0; row < kRows; ++row) sum[row][lane] = A(0);
+    for (int i = lane; i < kSums; i += kWarp) shared.sum[warp][i] = A(0);
     int64 begin = place.slice * p.slice_pixels;
     int64 end = minimum_of(begin + p.slice_pixels, p.geometry.pixels);
     Staged staged;
-    load(staged, p, place, begin);
+    load(staged, p, place, tap, begin);
     for (int64 pixel = begin; pixel < end; pixel += kPixels) {
       store(staged, p, shared);
       __syncthreads();
-      if (pixel + kPixels < end) load(staged, p, place, pixel + kPixels);
-      add_pixels(p, shared, place);
+      if (pixel + kPixels < end) load(staged, p, place, tap, pixel + kPixels);
+      if (tap.exists) add_pixels(shared, place.own);
       __syncthreads();
     }
     write(p, shared, place);
   }
 
-  __device__ static void load(Staged& staged, const Params& p, const Place& place, int64 begin) {
+  __device__ static void load(Staged& staged, const Params& p, const Place& place, const Tap& tap, int64 begin) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     InputPixel pixel(p.geometry, begin + lane);
     int64 offset = pixel.exists ? pixel.offset(p.in_strides) : int64(-1);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       // Neighbouring lanes read neighbouring pixels, or in channels-last memory neighbouring channels.
-      int64 from = p.channels_last ? __shfl_sync(kFullMask, offset, warp * kLoads + i) : offset;
-      int channel = place.channel + (p.channels_last ? lane : warp * kLoads + i);
+      int other = minimum_of(i * kWarps + warp, kWarp - 1);
+      int64 from = p.channels_last ? __shfl_sync(kFullMask, offset, other) : offset;
+      int channel = place.channel + (p.channels_last ? lane : other);
       bool exists = from >= 0 && channel < p.geometry.in_channels;
       staged.x[i] = exists ? to_accumulator(p.input[from + channel * p.in_strides[1]]) : A(0);
     }
-    staged.meeting = meet(p.geometry, p.grad, p.index, pixel, place.tap);
-    staged.meeting.channel -= place.row;
-    if (staged.meeting.channel >= kRows) staged.meeting.channel = -1;
+    Meeting<A> met = meet(p.geometry, p.grad, p.index, pixel, tap);
+    int row = met.channel - place.row, group = met.group - place.group;
+    bool here = met.channel >= 0 && unsigned(row) < unsigned(kRows) && unsigned(group) < unsigned(kSparseChannels);
+    staged.grad = met.grad;
+    staged.place = here ? group * kSums + row * kSparseChannels : kNowhere;
   }
 
   __device__ static void store(const Staged& staged, const Params& p, Storage& shared) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      int other = warp * kLoads + i;
-      shared.x[p.channels_last ? other : lane][p.channels_last ? lane : other] = staged.x[i];
+      int other = i * kWarps + warp;
+      if (other < kWarp) shared.x[p.channels_last ? other : lane][p.channels_last ? lane : other] = staged.x[i];
     }
-    shared.meeting[warp][lane] = staged.meeting;
+    Batch& batch = shared.batch[warp][lane / kBatch];
+    batch.grad[lane % kBatch] = staged.grad;
+    batch.place[lane % kBatch] = staged.place;
   }
 
-  __device__ static void add_pixels(const Params& p, Storage& shared, const Place& place) {
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (place.tap >= p.geometry.taps()) return;
-    auto& sum = shared.sum[warp];
-#pragma unroll 4
-    for (int pixel = 0; pixel < kPixels; ++pixel) {
-      Meeting<A> met = shared.meeting[warp][pixel];
-      if (met.channel < 0) continue;  // the same for all lanes
-      A x = shared.x[pixel][lane];
-      bool meets = unsigned(place.channel + lane - met.first) < unsigned(p.geometry.in_per_group);
-      if (meets) sum[met.channel][lane] += met.grad * x;
+  // A batch in registers: what its pixels meet, and x of the lane's channel.
+  struct Loaded {
+    Batch batch;
+    A x[kBatch];
+
+    __device__ Loaded(const Storage& shared, int number) : batch(shared.batch[threadIdx.x / kWarp][number]) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i] = shared.x[number * kBatch + i][threadIdx.x % kWarp];
     }
+  };
+
+  __device__ static void add_pixels(Storage& shared, int own) {
+    A* sum = shared.sum[threadIdx.x / kWarp];
+    Loaded next(shared, 0);
+#pragma unroll
+    for (int number = 0; number < kPixels / kBatch; ++number) {
+      Loaded loaded = next;
+      if (number + 1 < kPixels / kBatch) next = Loaded(shared, number + 1);
+      add_batch(sum, loaded, own);
+    }
+  }
+
+  __device__ static void add_batch(A* sum, const Loaded& loaded, int own) {
+    int place[kBatch];  // kSums or more: the pixel has no sum in this lane
+    A value[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      place[i] = loaded.batch.place[i] + own;
+      value[i] = unsigned(place[i]) < unsigned(kSums) ? sum[place[i]] : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int earlier = 0; earlier < i; ++earlier) value[i] = place[earlier] == place[i] ? value[earlier] : value[i];
+      value[i] += loaded.batch.grad[i] * loaded.x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (unsigned(place[i]) < unsigned(kSums)) sum[place[i]] = value[i];
   }
 
   __device__ static void write(const Params& p, const Storage& shared, const Place& place) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const SparseGeometry& geometry = p.geometry;
-    if (place.tap >= geometry.taps() || place.channel + lane >= geometry.in_channels) return;
+    if (place.number >= geometry.taps() || place.channel + lane >= geometry.in_channels) return;
     int rows = minimum_of(kRows, geometry.out_per_group - place.row);
-    int64 first = (place.slice * geometry.taps() + place.tap) * geometry.out_per_group + place.row;
+    int64 first = (place.slice * geometry.taps() + place.number) * geometry.out_per_group + place.row;
     A* partial = p.partial + first * geometry.in_channels + place.channel + lane;
-    for (int row = 0; row < rows; ++row) partial[int64(row) * geometry.in_channels] = shared.sum[warp][row][lane];
+    for (int row = 0; row < rows; ++row)
+      partial[int64(row) * geometry.in_channels] = shared.sum[warp][row * kSparseChannels + lane];
   }
 };
 

@@ -204,7 +204,7 @@ def weight_gradient(grad_sum, index, input, geometry, *, out=None, stream=None):
     pixels, padded = fields[0], fields[-1]
     rows = geometry.out_channels // geometry.groups
     taps = geometry.kernel[0] * geometry.kernel[1]
-    blocks = -(-taps // 4) * (padded // _CHANNELS) * -(-rows // (512 // accumulator(input.dtype).itemsize))
+    blocks = -(-taps // 3) * (padded // _CHANNELS) * -(-rows // (512 // accumulator(input.dtype).itemsize))
     slices, slice_pixels = _slices(pixels, blocks, out.size, queue.device)
     shape = (slices, *geometry.kernel, rows, geometry.in_channels)
     partial = queue.empty(shape, accumulator(input.dtype))
@@ -352,8 +352,8 @@ def _weight_gradient_kernel(dtype):
     name, type = "conv_transpose2d_sparse_weight_gradient", f"SparseWeightGradient<{cpp_type(dtype)}>"
     size = accumulator(dtype).itemsize
     # Storage of the kernel: sums, a tile of x, what its pixels meet.
-    shared = 4 * 512 * _CHANNELS + 32 * (_CHANNELS + 1) * size + 4 * 32 * 16
-    return _kernel(name, type, 128, _WEIGHT_GRADIENT, shared)
+    shared = 3 * 512 * _CHANNELS + 32 * (_CHANNELS + 1) * size + 3 * 8 * (4 * size + 16)
+    return _kernel(name, type, 96, _WEIGHT_GRADIENT, shared)
 
 
 @functools.cache
