@@ -27,15 +27,18 @@ struct SparseGeometry {
   int padded_channels;  // in_channels up to a multiple of kSparseChannels
 
   __device__ int taps() const { return kernel[0] * kernel[1]; }
+  __device__ bool one_group() const { return in_per_group == in_channels; }
+  __device__ int group_of(int out_channel) const { return one_group() ? 0 : out_channel / out_per_group; }
 };
 
 // An input pixel by its number.
 struct InputPixel {
-  int64 image;
+  int64 number, image;
   int h, w;
   bool exists;
 
-  __device__ InputPixel(const SparseGeometry& p, int64 number) : image(0), h(0), w(0), exists(number < p.pixels) {
+  __device__ InputPixel(const SparseGeometry& p, int64 number)
+      : number(number), image(0), h(0), w(0), exists(number < p.pixels) {
     if (!exists) return;
     int64 row = divide(number, p.in_size[1]);
     image = divide(row, p.in_size[0]);
@@ -44,6 +47,29 @@ struct InputPixel {
   }
   __device__ int64 offset(const int64 (&strides)[4]) const {
     return image * strides[0] + h * strides[2] + w * strides[3];
+  }
+};
+
+// Goes from a pixel to one a fixed distance on, without dividing.
+struct PixelStep {
+  int distance, images, rows, columns;
+
+  __device__ PixelStep(const SparseGeometry& p, int distance) : distance(distance) {
+    rows = distance / p.in_size[1];
+    columns = distance - rows * p.in_size[1];
+    images = rows / p.in_size[0];
+    rows -= images * p.in_size[0];
+  }
+  __device__ void advance(InputPixel& pixel, const SparseGeometry& p) const {
+    pixel.w += columns;
+    bool next_row = pixel.w >= p.in_size[1];
+    pixel.w -= next_row ? p.in_size[1] : 0;
+    pixel.h += rows + next_row;
+    bool next_image = pixel.h >= p.in_size[0];
+    pixel.h -= next_image ? p.in_size[0] : 0;
+    pixel.image += images + next_image;
+    pixel.number += distance;
+    pixel.exists = pixel.number < p.pixels;
   }
 };
 
@@ -59,24 +85,21 @@ struct Tap {
   }
 };
 
-// What a pixel meets at one tap: the gradient, the output channel within its group (-1: no pixel there), and the group.
+// What a pixel meets at one tap: the gradient and the output channel, -1 if no pixel is there.
 template <class A>
-struct __align__(16) Meeting {
+struct Meeting {
   A grad;
   int channel;
-  int group;
 };
 
 template <class A>
 __device__ inline Meeting<A> meet(const SparseGeometry& p, const A* grad, const int* index, const InputPixel& pixel,
                                   const Tap& tap) {
-  Meeting<A> none{A(0), -1, 0};
   int64 h = int64(pixel.h) * p.stride[0] + tap.h, w = int64(pixel.w) * p.stride[1] + tap.w;
   if (!pixel.exists || !tap.exists || uint64(h) >= uint64(p.out_size[0]) || uint64(w) >= uint64(p.out_size[1]))
-    return none;
-  int channel = index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w];
-  int group = p.in_per_group == p.in_channels ? 0 : channel / p.out_per_group;
-  return Meeting<A>{grad[pixel.image * p.out_size[1] + w], channel - group * p.out_per_group, group};
+    return Meeting<A>{A(0), -1};
+  return Meeting<A>{grad[pixel.image * p.out_size[1] + w],
+                    index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w]};
 }
 
 // packed[tap][output channel within the group][input channel], padded with zeros; one thread per element.
@@ -133,9 +156,16 @@ struct SparseInputGradient {
     int unused;
   };
 
+  // What a pixel meets at one tap: the gradient, the row of weights (-1: none), the group's first input channel.
+  struct __align__(16) Row {
+    A grad;
+    int number;
+    int first;
+  };
+
   struct Storage {
     union {
-      Meeting<A> meeting[kTaps][kPixels];  // as find_row returns them
+      Row row[kTaps][kPixels];
       A result[kSparseChannels][kPixels + 1];
     };
     int64 offset[kPixels];  // in the output; -1 if there is no such pixel
@@ -155,7 +185,7 @@ struct SparseInputGradient {
     for (int tap = 0; tap < geometry.taps(); tap += kTaps) {
       int taps = minimum_of(kTaps, geometry.taps() - tap);
       for (int i = threadIdx.x / kPixels; i < taps; i += kThreads / kPixels)
-        shared.meeting[i][threadIdx.x % kPixels] = find_row(p, pixel, tap + i, channel);
+        shared.row[i][threadIdx.x % kPixels] = find_row(p, pixel, tap + i, channel);
       __syncthreads();
       add_rows(p, shared, sum, channel, taps);
       __syncthreads();
@@ -163,15 +193,14 @@ struct SparseInputGradient {
     store(p, shared, sum, channel);
   }
 
-  // What the pixel meets at this tap, with the number of the weights' row in place of the output channel, and the first
-  // input channel of the group in place of the group; no row if no channel of this block is of the group.
-  __device__ static Meeting<A> find_row(const Params& p, const InputPixel& pixel, int tap, int channel) {
-    Meeting<A> found = meet(p.geometry, p.grad, p.index, pixel, Tap(p.geometry, tap));
-    int first = found.group * p.geometry.in_per_group;
-    bool here = first < channel + kSparseChannels && first + p.geometry.in_per_group > channel;
-    found.channel = found.channel >= 0 && here ? tap * p.geometry.out_per_group + found.channel : -1;
-    found.group = first;
-    return found;
+  // No row if no channel of this block is of the group.
+  __device__ static Row find_row(const Params& p, const InputPixel& pixel, int tap, int channel) {
+    const SparseGeometry& geometry = p.geometry;
+    Meeting<A> met = meet(geometry, p.grad, p.index, pixel, Tap(geometry, tap));
+    int group = geometry.group_of(met.channel), first = group * geometry.in_per_group;
+    bool here = met.channel >= 0 && first < channel + kSparseChannels && first + geometry.in_per_group > channel;
+    int row = met.channel - group * geometry.out_per_group;
+    return Row{met.grad, here ? tap * geometry.out_per_group + row : -1, first};
   }
 
   __device__ static void add_rows(const Params& p, const Storage& shared, A (&sum)[kShare][kOwn], int channel,
@@ -181,16 +210,16 @@ struct SparseInputGradient {
     for (int tap = 0; tap < taps; ++tap) {
 #pragma unroll
       for (int share = 0; share < kShare; ++share) {
-        Meeting<A> met = shared.meeting[tap][team + share * kTeams];
+        Row found = shared.row[tap][team + share * kTeams];
         // Row 0 stands in for no row: a load that always happens can start early.
-        const T* row = p.packed + int64(met.channel < 0 ? 0 : met.channel) * p.geometry.padded_channels + own;
+        const T* row = p.packed + int64(found.number < 0 ? 0 : found.number) * p.geometry.padded_channels + own;
 #pragma unroll
         for (int i = 0; i < kOwn; i += kWidth) {
           auto weight = *reinterpret_cast<const Packed<T, kWidth>*>(row + i);
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
-            bool meets = met.channel >= 0 && unsigned(own + i + j - met.group) < unsigned(p.geometry.in_per_group);
-            A added = sum[share][i + j] + met.grad * to_accumulator(weight.value[j]);
+            bool meets = found.number >= 0 && unsigned(own + i + j - found.first) < unsigned(p.geometry.in_per_group);
+            A added = sum[share][i + j] + found.grad * to_accumulator(weight.value[j]);
             sum[share][i + j] = meets ? added : sum[share][i + j];
           }
         }
@@ -223,9 +252,9 @@ struct SparseInputGradient {
 //
 // One pixel after the other would wait for shared memory three times: for what the pixel meets, for the sum, and until
 // the sum is back. So pixels come in batches of four: what they meet and their x are loaded during the batch before,
-// then all four sums, and where two pixels of a batch have the same sum the later one takes it from the registers of
-// the earlier one. Per pixel and tap that is 3.5 accesses to shared memory: x, half an access for what is met, the sum
-// twice.
+// then all four sums. Where two pixels of a batch have the same sum, which is known beforehand, the later one takes it
+// from the registers of the earlier one. Per pixel and tap that is 3.5 accesses to shared memory: x, half an access for
+// what is met, the sum twice.
 template <class T>
 struct SparseWeightGradient {
   using A = Accumulator<T>;
@@ -235,9 +264,9 @@ struct SparseWeightGradient {
   static constexpr int kPixels = kWarp;
   static constexpr int kBatch = 4;
   static constexpr int kRows = 512 / sizeof(A);                           // output channels: 16 KB of sums per warp
-  static constexpr int kSums = kRows * kSparseChannels;                   // of a warp
+  static constexpr int kNowhere = kRows * kSparseChannels;                // a row that nobody reads
+  static constexpr int kSums = kNowhere + kSparseChannels;                // of a warp
   static constexpr int kLoads = (kSparseChannels + kWarps - 1) / kWarps;  // of a thread, per tile
-  static constexpr int kNowhere = -(1 << 30);
 
   struct Params {
     const A* grad;
@@ -251,8 +280,8 @@ struct SparseWeightGradient {
     int unused;
   };
 
-  // What a batch of pixels meets at the warp's tap. A sum's place is its number plus kSums for each group of input
-  // channels that begins before it in the block, or kNowhere.
+  // What a batch of pixels meets at the warp's tap: the gradient, and the place of the sums: the number of the first,
+  // plus kSums for each group of input channels that begins before it in the block.
   struct __align__(16) Batch {
     A grad[kBatch];
     int place[kBatch];
@@ -266,16 +295,14 @@ struct SparseWeightGradient {
 
   // What a warp owns. Taps and channels run fastest, so that the blocks that read the same x run together.
   struct Place {
-    int number;        // of the tap
-    int channel, row;  // the first of each
-    int group;         // of the first channel
-    int own;           // the lane's sum of row 0, less the place it has in a Batch
+    int tap, channel, row;  // the first of each
+    int group;              // of the first channel
     int64 slice;
 
     __device__ explicit Place(const SparseGeometry& p) {
       int64 block = linear_block();
       int64 tap_bundles = ceil_div(p.taps(), kWarps), next = divide(block, tap_bundles);
-      number = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
+      tap = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
       block = next;
       int64 chunks = p.padded_channels / kSparseChannels;
       next = divide(block, chunks);
@@ -284,70 +311,95 @@ struct SparseWeightGradient {
       int64 bundles = ceil_div(p.out_per_group, kRows);
       slice = divide(block, bundles);
       row = int(block - slice * bundles) * kRows;
-      int lane = threadIdx.x % kWarp;
       group = channel / p.in_per_group;
-      own = lane - ((channel + lane) / p.in_per_group - group) * kSums;
+    }
+
+    // To be added to a sum's place in a Batch: what is then below kSums is of the lane's group.
+    __device__ int own(const SparseGeometry& p) const {
+      return (group - (channel + int(threadIdx.x % kWarp)) / p.in_per_group) * kSums;
     }
   };
 
   // One tile on its way to shared memory: this thread's elements of x, and what pixel `lane` meets at the warp's tap.
+  // As they come from memory: whatever computes with them waits for them.
   struct Staged {
-    A x[kLoads];
-    A grad;
-    int place;
+    T x[kLoads];
+    Meeting<A> meeting;
   };
 
   __device__ static void run(const Params& p) {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
-    Place place(p.geometry);
+    const SparseGeometry& geometry = p.geometry;
+    Place place(geometry);
     if (place.slice >= p.slices) return;
-    Tap tap(p.geometry, place.number);
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    Tap tap(geometry, place.tap);
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own = place.own(geometry);
     for (int i = lane; i < kSums; i += kWarp) shared.sum[warp][i] = A(0);
-    int64 begin = place.slice * p.slice_pixels;
-    int64 end = minimum_of(begin + p.slice_pixels, p.geometry.pixels);
+    int64 begin = place.slice * p.slice_pixels, end = minimum_of(begin + p.slice_pixels, geometry.pixels);
+    InputPixel pixel(geometry, begin + lane);
+    PixelStep step(geometry, kPixels);
     Staged staged;
-    load(staged, p, place, tap, begin);
-    for (int64 pixel = begin; pixel < end; pixel += kPixels) {
-      store(staged, p, shared);
+    load(staged, p, place, tap, pixel);
+    for (; begin < end; begin += kPixels) {
+      unsigned repeated = store(staged, p, place, shared);
       __syncthreads();
-      if (pixel + kPixels < end) load(staged, p, place, tap, pixel + kPixels);
-      if (tap.exists) add_pixels(shared, place.own);
+      step.advance(pixel, geometry);
+      if (begin + kPixels < end) load(staged, p, place, tap, pixel);
+      if (tap.exists) {
+        if (geometry.one_group())
+          add_pixels<true>(shared, own, repeated);
+        else
+          add_pixels<false>(shared, own, repeated);
+      }
       __syncthreads();
     }
     write(p, shared, place);
   }
 
-  __device__ static void load(Staged& staged, const Params& p, const Place& place, const Tap& tap, int64 begin) {
+  __device__ static void load(Staged& staged, const Params& p, const Place& place, const Tap& tap,
+                              const InputPixel& pixel) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    InputPixel pixel(p.geometry, begin + lane);
+    int channels = minimum_of(p.geometry.in_channels - place.channel, kSparseChannels);
     int64 offset = pixel.exists ? pixel.offset(p.in_strides) : int64(-1);
+    if (p.channels_last) {  // neighbouring lanes read neighbouring channels
+      const T* from = p.input + (place.channel + lane) * p.in_strides[1];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      // Neighbouring lanes read neighbouring pixels, or in channels-last memory neighbouring channels.
-      int other = minimum_of(i * kWarps + warp, kWarp - 1);
-      int64 from = p.channels_last ? __shfl_sync(kFullMask, offset, other) : offset;
-      int channel = place.channel + (p.channels_last ? lane : other);
-      bool exists = from >= 0 && channel < p.geometry.in_channels;
-      staged.x[i] = exists ? to_accumulator(p.input[from + channel * p.in_strides[1]]) : A(0);
+      for (int i = 0; i < kLoads; ++i) {
+        int64 other = __shfl_sync(kFullMask, offset, (i * kWarps + warp) % kWarp);
+        staged.x[i] = other >= 0 && lane < channels ? from[other] : T{};
+      }
+    } else {  // neighbouring pixels
+      const T* from = p.input + offset + (place.channel + warp) * p.in_strides[1];
+      int left = pixel.exists ? channels - warp : 0;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        staged.x[i] = i * kWarps < left ? *from : T{};
+        from += kWarps * p.in_strides[1];
+      }
     }
-    Meeting<A> met = meet(p.geometry, p.grad, p.index, pixel, tap);
-    int row = met.channel - place.row, group = met.group - place.group;
-    bool here = met.channel >= 0 && unsigned(row) < unsigned(kRows) && unsigned(group) < unsigned(kSparseChannels);
-    staged.grad = met.grad;
-    staged.place = here ? group * kSums + row * kSparseChannels : kNowhere;
+    staged.meeting = meet(p.geometry, p.grad, p.index, pixel, tap);
   }
 
-  __device__ static void store(const Staged& staged, const Params& p, Storage& shared) {
+  // Returns which of the warp's 32 pixels have the sums of another pixel of their batch.
+  __device__ static unsigned store(const Staged& staged, const Params& p, const Place& place, Storage& shared) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       int other = i * kWarps + warp;
-      if (other < kWarp) shared.x[p.channels_last ? other : lane][p.channels_last ? lane : other] = staged.x[i];
+      A x = to_accumulator(staged.x[i]);
+      if (other < kWarp) shared.x[p.channels_last ? other : lane][p.channels_last ? lane : other] = x;
     }
+    int out = staged.meeting.channel, out_group = p.geometry.group_of(out), group = out_group - place.group;
+    int row = out - out_group * p.geometry.out_per_group - place.row;
+    bool here = out >= 0 && unsigned(row) < unsigned(kRows) && unsigned(group) < unsigned(kSparseChannels);
+    int number = here ? group * kSums + row * kSparseChannels : kNowhere;
     Batch& batch = shared.batch[warp][lane / kBatch];
-    batch.grad[lane % kBatch] = staged.grad;
-    batch.place[lane % kBatch] = staged.place;
+    batch.grad[lane % kBatch] = staged.meeting.grad;
+    batch.place[lane % kBatch] = number;
+    bool same = false;
+#pragma unroll
+    for (int i = 1; i < kBatch; ++i) same |= __shfl_xor_sync(kFullMask, number, i) == number;
+    return __ballot_sync(kFullMask, same && here);
   }
 
   // A batch in registers: what its pixels meet, and x of the lane's channel.
@@ -361,42 +413,49 @@ struct SparseWeightGradient {
     }
   };
 
-  __device__ static void add_pixels(Storage& shared, int own) {
-    A* sum = shared.sum[threadIdx.x / kWarp];
+  template <bool kOneGroup>
+  __device__ static void add_pixels(Storage& shared, int own, unsigned repeated) {
+    A* sum = shared.sum[threadIdx.x / kWarp] + threadIdx.x % kWarp;
     Loaded next(shared, 0);
 #pragma unroll
     for (int number = 0; number < kPixels / kBatch; ++number) {
       Loaded loaded = next;
       if (number + 1 < kPixels / kBatch) next = Loaded(shared, number + 1);
-      add_batch(sum, loaded, own);
+#pragma unroll
+      for (int i = 0; !kOneGroup && i < kBatch; ++i) {
+        loaded.batch.place[i] += own;
+        if (unsigned(loaded.batch.place[i]) >= unsigned(kSums)) loaded.batch.place[i] = kNowhere;
+      }
+      if (repeated >> number * kBatch & ((1u << kBatch) - 1))  // the same for all lanes
+        add_batch<true>(sum, loaded);
+      else
+        add_batch<false>(sum, loaded);
     }
   }
 
-  __device__ static void add_batch(A* sum, const Loaded& loaded, int own) {
-    int place[kBatch];  // kSums or more: the pixel has no sum in this lane
+  template <bool kRepeated>
+  __device__ static void add_batch(A* sum, const Loaded& loaded) {
+    const int (&place)[kBatch] = loaded.batch.place;
     A value[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      place[i] = loaded.batch.place[i] + own;
-      value[i] = unsigned(place[i]) < unsigned(kSums) ? sum[place[i]] : A(0);
-    }
+    for (int i = 0; i < kBatch; ++i) value[i] = sum[place[i]];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-      for (int earlier = 0; earlier < i; ++earlier) value[i] = place[earlier] == place[i] ? value[earlier] : value[i];
+      for (int earlier = 0; kRepeated && earlier < i; ++earlier)
+        value[i] = place[earlier] == place[i] ? value[earlier] : value[i];
       value[i] += loaded.batch.grad[i] * loaded.x[i];
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (unsigned(place[i]) < unsigned(kSums)) sum[place[i]] = value[i];
+    for (int i = 0; i < kBatch; ++i) sum[place[i]] = value[i];
   }
 
   __device__ static void write(const Params& p, const Storage& shared, const Place& place) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const SparseGeometry& geometry = p.geometry;
-    if (place.number >= geometry.taps() || place.channel + lane >= geometry.in_channels) return;
+    if (place.tap >= geometry.taps() || place.channel + lane >= geometry.in_channels) return;
     int rows = minimum_of(kRows, geometry.out_per_group - place.row);
-    int64 first = (place.slice * geometry.taps() + place.number) * geometry.out_per_group + place.row;
+    int64 first = (place.slice * geometry.taps() + place.tap) * geometry.out_per_group + place.row;
     A* partial = p.partial + first * geometry.in_channels + place.channel + lane;
     for (int row = 0; row < rows; ++row)
       partial[int64(row) * geometry.in_channels] = shared.sum[warp][row * kSparseChannels + lane];
