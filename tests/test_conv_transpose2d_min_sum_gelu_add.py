@@ -234,9 +234,9 @@ def test_empty_batch(device, bias):
 
 
 def test_many_slices(device, monkeypatch):
-    """The weight gradient's sums cut into slices, as large inputs are, agree with torch's."""
+    """The weights' and the bias' gradient, cut into slices as those of large inputs are, agree with torch's."""
     monkeypatch.setattr(launchers, "_SLICE_PIXELS", 128)
-    monkeypatch.setattr(launchers, "_BIAS_PIXELS", 100)
+    monkeypatch.setattr(launchers, "_BIAS_ROWS", 10)
     options = dict(stride=2, padding=1, output_padding=1)
     inputs = model_inputs((2, 4, 13, 17), (4, 6, 3, 3), **options)
     assert_parity(*both(options), inputs, device=device)

@@ -462,49 +462,75 @@ struct SparseWeightGradient {
   }
 };
 
-// partial[slice][output channel]: a thread owns a channel and looks at every output pixel of the block's slice.
+// partial[slice][output channel], a slice being 32 columns of the output, of any images, times a few rows. A column's
+// pixels have one gradient, so that it is enough to count each channel's pixels in it: integers, for which the order of
+// additions does not matter. A lane counts in a column of its own, the warps take turns at the rows. Then a thread per
+// channel adds gradient times count, column by column, in double.
 template <class A>
 struct SparseBiasGradient {
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 4;
-  static constexpr int kPixels = 1024;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kColumns = kWarp;
+  static constexpr int kChannels = 128;  // of a block
+  static constexpr int kLoads = 8;       // on their way at the same time
 
   struct Params {
     const A* grad;
     const int* index;
     double* partial;
-    int64 pixels, plane;  // of all images, of one
-    int64 slices, slice_pixels;
-    int width, channels;
+    int64 columns;             // batch * width
+    int64 slices, row_slices;  // in all, of the rows
+    int height, width, channels;
+    int slice_rows;
   };
 
   struct Storage {
-    A grad[kPixels];
-    int channel[kPixels];
+    int count[kChannels][kColumns];
+    A grad[kColumns];
   };
 
   __device__ static void run(const Params& p) {
     RAWKERN_SHARED(Storage, shared);
-    int64 bundles = ceil_div(p.channels, kThreads), slice = divide(linear_block(), bundles);
+    int64 bundles = ceil_div(p.channels, kChannels), slice = divide(linear_block(), bundles);
     if (slice >= p.slices) return;
-    int own = int(linear_block() - slice * bundles) * kThreads + threadIdx.x;
-    int64 begin = slice * p.slice_pixels, end = minimum_of(begin + p.slice_pixels, p.pixels);
-    double sum = 0;
-    for (int64 tile = begin; tile < end; tile += kPixels) {
-      for (int i = threadIdx.x; i < kPixels; i += kThreads) {
-        int64 pixel = tile + i;
-        bool exists = pixel < end;
-        int64 row = exists ? divide(pixel, p.width) : 0;
-        shared.channel[i] = exists ? p.index[pixel] : -1;
-        shared.grad[i] = exists ? p.grad[divide(pixel, p.plane) * p.width + pixel - row * p.width] : A(0);
-      }
-      __syncthreads();
-#pragma unroll 8
-      for (int i = 0; i < kPixels; ++i)
-        if (shared.channel[i] == own) sum += double(shared.grad[i]);
-      __syncthreads();
+    int first = int(linear_block() - slice * bundles) * kChannels;
+    int64 tile = divide(slice, p.row_slices);
+    int begin = int(slice - tile * p.row_slices) * p.slice_rows, end = minimum_of(begin + p.slice_rows, p.height);
+    int64 column = tile * kColumns + threadIdx.x % kColumns;
+    for (int i = threadIdx.x / kColumns; i < kChannels; i += kWarps) shared.count[i][threadIdx.x % kColumns] = 0;
+    if (threadIdx.x < kColumns) shared.grad[threadIdx.x] = column < p.columns ? p.grad[column] : A(0);
+    __syncthreads();
+    if (column < p.columns) count(p, shared, column, begin, end, first);
+    __syncthreads();
+    int own = first + threadIdx.x;
+    if (threadIdx.x < kChannels && own < p.channels) p.partial[slice * p.channels + own] = sum(shared);
+  }
+
+  __device__ static void count(const Params& p, Storage& shared, int64 column, int begin, int end, int first) {
+    int64 image = divide(column, p.width);
+    const int* index = p.index + image * p.height * p.width + column - image * p.width;
+    for (int row = begin + threadIdx.x / kColumns; row < end; row += kLoads * kWarps) {
+      int channel[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        channel[i] = row + i * kWarps < end ? index[int64(row + i * kWarps) * p.width] - first : -1;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        if (unsigned(channel[i]) < unsigned(kChannels)) atomicAdd(&shared.count[channel[i]][threadIdx.x % kColumns], 1);
     }
-    if (own < p.channels) p.partial[slice * p.channels + own] = sum;
+  }
+
+  // Of the thread's channel. Neighbouring lanes begin at neighbouring columns: at one column all would want one bank of
+  // shared memory. A gradient without pixels is left out: it may be infinite.
+  __device__ static double sum(const Storage& shared) {
+    double sum = 0;
+#pragma unroll 8
+    for (int i = 0; i < kColumns; ++i) {
+      int column = (i + threadIdx.x) % kColumns, count = shared.count[threadIdx.x][column];
+      if (count > 0) sum += double(count) * double(shared.grad[column]);
+    }
+    return sum;
   }
 };
 

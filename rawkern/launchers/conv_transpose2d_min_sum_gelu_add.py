@@ -32,10 +32,12 @@ _INT32 = np.dtype("int32")
 _FLOAT64 = np.dtype("float64")
 #: Pixels whose products are summed in one accumulator before partial sums are added in double.
 _SLICE_PIXELS = 2048
+#: Blocks of the weight gradient on one multiprocessor of a data centre's GPU: what its shared memory holds.
+_BLOCKS_AT_ONCE = 4
 #: Memory the weight gradient's partial sums may take, in bytes; larger weights get fewer, longer slices.
 _PARTIAL_BYTES = 1 << 28
-#: Output pixels of a block of the bias gradient.
-_BIAS_PIXELS = 2048
+#: Rows of the output of a block of the bias gradient.
+_BIAS_ROWS = 128
 
 _GEOMETRY = runtime.params(
     ("pixels", "i8"),
@@ -86,12 +88,13 @@ _BIAS_GRADIENT = runtime.params(
     ("grad", "u8"),
     ("index", "u8"),
     ("partial", "u8"),
-    ("pixels", "i8"),
-    ("plane", "i8"),
+    ("columns", "i8"),
     ("slices", "i8"),
-    ("slice_pixels", "i8"),
+    ("row_slices", "i8"),
+    ("height", "i4"),
     ("width", "i4"),
     ("channels", "i4"),
+    ("slice_rows", "i4"),
 )
 
 
@@ -235,21 +238,23 @@ def conv_bias_gradient(grad_sum, index, geometry, dtype, *, out=None, stream=Non
     _check_saved(queue, geometry, grad_sum, index, dtype)
     out = queue.empty((geometry.out_channels,), dtype) if out is None else out
     check_out(out, (geometry.out_channels,), dtype, queue.device)
-    slices = -(-index.size // _BIAS_PIXELS)
-    partial = queue.empty((slices, geometry.out_channels), _FLOAT64)
     height, width = geometry.output_size
+    columns, row_slices = geometry.batch * width, -(-height // _BIAS_ROWS)
+    slices = -(-columns // 32) * row_slices
+    partial = queue.empty((slices, geometry.out_channels), _FLOAT64)
     _bias_gradient_kernel(grad_sum.dtype).launch(
         queue,
         slices * -(-geometry.out_channels // 128),
         grad=pointer(grad_sum),
         index=pointer(index),
         partial=pointer(partial),
-        pixels=index.size,
-        plane=height * width,
+        columns=columns,
         slices=slices,
-        slice_pixels=_BIAS_PIXELS,
+        row_slices=row_slices,
+        height=height,
         width=width,
         channels=geometry.out_channels,
+        slice_rows=_BIAS_ROWS,
     )
     reduce(queue, partial, (0,), out)
     return out
@@ -304,9 +309,11 @@ def _geometry_fields(geometry):
 
 
 def _slices(pixels, blocks_per_slice, weights, device):
-    """How many slices of pixels, and their length: to fill the device and keep sums short, within memory's limit."""
-    to_fill = -(-6 * device.multiprocessors // blocks_per_slice)
+    """How many slices of pixels, and their length: sums that are short, within memory's limit, and as many blocks as
+    the device runs at once, or a multiple of that."""
+    at_once = _BLOCKS_AT_ONCE * device.multiprocessors
     to_keep_short = -(-pixels // _SLICE_PIXELS)
+    to_fill = -(-to_keep_short * blocks_per_slice // at_once) * at_once // blocks_per_slice
     affordable = max(1, _PARTIAL_BYTES // (8 * weights))
     slices = max(1, min(max(to_fill, to_keep_short), affordable, -(-pixels // 128)))
     slice_pixels = max(1, -(-pixels // (slices * 32))) * 32
@@ -359,4 +366,4 @@ def _weight_gradient_kernel(dtype):
 @functools.cache
 def _bias_gradient_kernel(dtype):
     name, type = "conv_transpose2d_sparse_bias_gradient", f"SparseBiasGradient<{cpp_type(dtype)}>"
-    return _kernel(name, type, 128, _BIAS_GRADIENT)
+    return _kernel(name, type, 256, _BIAS_GRADIENT)
