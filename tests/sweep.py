@@ -73,6 +73,11 @@ def empty(shape, dtype=np.float64):
     return xp.empty(shape, dtype)
 
 
+def zeros(shape, dtype):
+    """What is copied before it is written: nothing that initcheck would complain of."""
+    return xp.zeros(shape, f"u{np.dtype(dtype).itemsize}").view(dtype)
+
+
 def contiguous(array):
     return _bits(array).copy().view(array.dtype)
 
@@ -253,7 +258,7 @@ def sweep_conv_transpose2d_min_sum_gelu_add():
         out = fused_min_conv_transpose2d_min_sum_gelu_add(input, weight, conv_bias, bias, *rest, index=index, sums=sums)
         grad_sum = min_sum_sum_gradient(out, sums)
         for arrange in (contiguous, channels_last):
-            fused_min_input_gradient(grad_sum, index, weight, geometry, out=arrange(empty(input.shape, input.dtype)))
+            fused_min_input_gradient(grad_sum, index, weight, geometry, out=arrange(zeros(input.shape, input.dtype)))
             fused_min_weight_gradient(grad_sum, index, arrange(input), geometry)
         fused_min_conv_bias_gradient(grad_sum, index, geometry, dtype)
 
@@ -267,7 +272,7 @@ def sweep_conv_transpose2d_gelu_group_norm():
         num_groups = next(n for n in (5, 3, 2, 1) if geometry.out_channels % n == 0)
         mean, rstd = empty((2, geometry.batch, num_groups))
         for arrange in (contiguous, channels_last):
-            saved = arrange(empty(geometry.output_shape, dtype))
+            saved = arrange(zeros(geometry.output_shape, dtype))
             out = fused_norm_conv_transpose2d_gelu_group_norm(
                 arrange(input),
                 weight,
@@ -314,7 +319,7 @@ def sweep_min_sum_gelu_add():
             min_sum_bias_gradient(out, bias_shape)
         min_sum_input_gradient(grad_sum, index, shape, dtype)
         if arrange is channels_last:
-            min_sum_input_gradient(grad_sum, index, shape, dtype, out=channels_last(empty(shape, dtype)))
+            min_sum_input_gradient(grad_sum, index, shape, dtype, out=channels_last(zeros(shape, dtype)))
 
 
 def sweep_pointwise():
