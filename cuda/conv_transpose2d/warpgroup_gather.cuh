@@ -319,12 +319,30 @@ struct WarpgroupGather {
     }
   };
 
-  // What the products of two taps begin with.
-  struct Operands {
-    uint64 weights[kTapsTogether], taps[kTapsTogether];
+  // What the products of the next two taps begin with, across the phases of a pass: their slots of the ring,
+  // descriptors of their weights and pixels, and the displacements of the two taps after these, which take long to look
+  // up.
+  struct Taps {
+    Ring ring;
+    uint64 stage, weights[kTapsTogether], pixels[kTapsTogether];
+    int step, offsets[kTapsTogether];
+
+    __device__ Taps(const WarpgroupParams& p, const Reader& reader, uint64 stage, int first)
+        : ring{uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))},
+          stage(uniform_descriptor(stage)),
+          step(uniform(first)) {
+      Ring next = ring;
+#pragma unroll
+      for (int i = 0; i < kTapsTogether; ++i, next.advance(p.weight_stages)) {
+        weights[i] = matrix_descriptor(reader.memory.weights(p, next.slot));
+        pixels[i] = of(p.offset[step + i]);
+        offsets[i] = p.offset[step + kTapsTogether + i];
+      }
+    }
+    __device__ uint64 of(int offset) const { return advance_descriptor(stage, offset * kSwizzledRow); }
   };
 
-  // The products of kTaps taps, each kSlices instructions of 32 bytes of channels.
+  // The products of the next kTaps taps, each kSlices instructions of 32 bytes of channels.
   //
   // An instruction waits until the tensor cores take it, and they have room for no more than one or two. So what comes
   // after the last product of these taps and before the first one of the next is time in which they run dry: no more
@@ -333,79 +351,59 @@ struct WarpgroupGather {
   // waiting for a number of groups would count it). The taps' slots are given back when the next ones' products have
   // been issued.
   template <int kSlices, int kTaps, int kRegisters>
-  __device__ __forceinline__ static void multiply_taps(const WarpgroupParams& p, Reader& reader, Ring& ring,
-                                                       float (&sum)[kRegisters], uint64 pixels, Operands& operands,
-                                                       int (&offsets)[kTapsTogether], int next_step) {
+  __device__ __forceinline__ static void multiply_taps(const WarpgroupParams& p, Reader& reader, Taps& taps,
+                                                       float (&sum)[kRegisters]) {
     Memory& memory = reader.memory;
-    Ring last = ring;
+    Ring last = taps.ring;
     if (kTaps == 2) last.advance(p.weight_stages);
     if (!reader.ready) {
-      mbarrier_wait(memory.weight_full[ring.slot], ring.parity);
+      mbarrier_wait(memory.weight_full[taps.ring.slot], taps.ring.parity);
       if (kTaps == 2) mbarrier_wait(memory.weight_full[last.slot], last.parity);
     }
     wgmma_fence();
-    wgmma<Operand>(sum, operands.weights[0], operands.taps[0]);
-    int slot = reader.lane == 0 ? ring.slot : last.slot, held = reader.lane < kTaps ? kMaxStages + slot : -1;
-    ring = last;
-    ring.advance(p.weight_stages);
-    last = ring;
+    wgmma<Operand>(sum, taps.weights[0], taps.pixels[0]);
+    int slot = reader.lane == 0 ? taps.ring.slot : last.slot, held = reader.lane < kTaps ? kMaxStages + slot : -1;
+    Taps next = taps;
+    next.step += kTaps;
+    next.ring = last;
+    next.ring.advance(p.weight_stages);
+    last = next.ring;
     last.advance(p.weight_stages);
-    // The second one may come after the phase's last tap, and then late: no reason to look twice.
-    reader.ready = mbarrier_test(memory.weight_full[ring.slot], ring.parity) &
+    // The second one may be of another phase or job, and late: then the next taps look again.
+    reader.ready = mbarrier_test(memory.weight_full[next.ring.slot], next.ring.parity) &
                    mbarrier_test(memory.weight_full[last.slot], last.parity);
-    Operands next = {{computed_descriptor(matrix_descriptor(memory.weights(p, ring.slot))),
-                      computed_descriptor(matrix_descriptor(memory.weights(p, last.slot)))}};
+    next.weights[0] = computed_descriptor(matrix_descriptor(memory.weights(p, next.ring.slot)));
+    next.weights[1] = computed_descriptor(matrix_descriptor(memory.weights(p, last.slot)));
 #pragma unroll
     for (int i = 0; i < kTapsTogether; ++i) {
-      next.taps[i] = computed_descriptor(advance_descriptor(pixels, offsets[i] * kSwizzledRow));
-      offsets[i] = p.offset[next_step + kTapsTogether + i];
+      constexpr int kKnown = kTapsTogether - kTaps;  // of the next taps
+      next.pixels[i] = i < kKnown ? taps.pixels[i + kTaps] : computed_descriptor(taps.of(taps.offsets[i - kKnown]));
+      next.offsets[i] = i < kKnown ? taps.offsets[i + kTaps] : p.offset[next.step + kTapsTogether + i];
     }
 #pragma unroll
     for (int k = 1; k < kTaps * kSlices; ++k)
-      wgmma<Operand>(sum, advance_descriptor(operands.weights[k / kSlices], k % kSlices * 32),
-                     advance_descriptor(operands.taps[k / kSlices], k % kSlices * 32));
+      wgmma<Operand>(sum, advance_descriptor(taps.weights[k / kSlices], k % kSlices * 32),
+                     advance_descriptor(taps.pixels[k / kSlices], k % kSlices * 32));
     wgmma_commit();
     wgmma_wait<1>();
     reader.give_back();
     reader.held = held;
-    operands = next;
+    taps = next;
   }
 
-  // The products of one slab and of the taps `first` to `end`.
-  template <int kSlices, int kRegisters>
-  __device__ __forceinline__ static void multiply(const WarpgroupParams& p, Reader& reader, float (&sum)[kRegisters],
-                                                  uint64 pixels, int first, int end) {
-    if (first == end) return;
-    Memory& memory = reader.memory;
-    first = uniform(first);
-    end = uniform(end);
-    pixels = uniform_descriptor(pixels);
-    Ring ring = {uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))}, second = ring;
-    second.advance(p.weight_stages);
-    Operands operands = {
-        {matrix_descriptor(memory.weights(p, ring.slot)), matrix_descriptor(memory.weights(p, second.slot))}};
-    int offsets[kTapsTogether];  // of the taps after these: they take long to look up
-#pragma unroll
-    for (int i = 0; i < kTapsTogether; ++i) {
-      operands.taps[i] = advance_descriptor(pixels, p.offset[first + i] * kSwizzledRow);
-      offsets[i] = p.offset[first + kTapsTogether + i];
-    }
-    int step = first;
-#pragma unroll 1
-    for (; step + kTapsTogether <= end; step += kTapsTogether)
-      multiply_taps<kSlices, kTapsTogether>(p, reader, ring, sum, pixels, operands, offsets, step + kTapsTogether);
-    if (step < end) multiply_taps<kSlices, 1>(p, reader, ring, sum, pixels, operands, offsets, step);
-    reader.weights = ring;
-  }
-
-  // The same for all phases of a pass.
+  // The products of one slab for all phases of a pass.
   template <int kSlices>
   __device__ __forceinline__ static void multiply_slab(const WarpgroupParams& p, Reader& reader,
-                                                       float (&sum)[kPhases][kPixels / 2], uint64 pixels, int pass) {
+                                                       float (&sum)[kPhases][kPixels / 2], uint64 stage, int pass) {
+    Taps taps(p, reader, stage, p.first_step[pass * kPhases]);
 #pragma unroll
-    for (int i = 0; i < kPhases; ++i)
-      multiply<kSlices>(p, reader, sum[i], pixels, p.first_step[pass * kPhases + i],
-                        p.first_step[pass * kPhases + i + 1]);
+    for (int i = 0; i < kPhases; ++i) {
+      int end = uniform(p.first_step[pass * kPhases + i + 1]);
+#pragma unroll 1
+      while (taps.step + kTapsTogether <= end) multiply_taps<kSlices, kTapsTogether>(p, reader, taps, sum[i]);
+      if (taps.step < end) multiply_taps<kSlices, 1>(p, reader, taps, sum[i]);
+    }
+    reader.weights = taps.ring;
   }
 
   // The sums of one job. The turn is passed on before the last products are done, so that the tensor cores never run
