@@ -79,7 +79,7 @@ struct Tap {
   int64 h, w;
 
   __device__ Tap(const SparseGeometry& p, int number) : exists(number < p.taps()) {
-    int row = number / p.kernel[1];
+    int row = int(unsigned(number) / unsigned(p.kernel[1]));
     h = int64(row) * p.dilation[0] - p.padding[0];
     w = int64(number - row * p.kernel[1]) * p.dilation[1] - p.padding[1];
   }
@@ -102,7 +102,8 @@ __device__ inline Meeting<A> meet(const SparseGeometry& p, const A* grad, const 
                     index[(pixel.image * p.out_size[0] + h) * p.out_size[1] + w]};
 }
 
-// packed[tap][output channel within the group][input channel], padded with zeros; one thread per element.
+// packed[tap][output channel within the group][input channel], padded with zeros, and one more row of zeros; one thread
+// per element.
 template <class T>
 struct PackRows {
   static constexpr int kThreads = 256;
@@ -113,7 +114,8 @@ struct PackRows {
     T* packed;
     int64 strides[4];
     int64 elements;
-    int kernel_w, in_channels, out_per_group, padded_channels;
+    int taps, kernel_w, in_channels, out_per_group, padded_channels;
+    int unused;
   };
 
   __device__ static void run(const Params& p) {
@@ -123,7 +125,7 @@ struct PackRows {
     int64 in = element - row * p.padded_channels, out = row - tap * p.out_per_group;
     int64 tap_h = divide(tap, p.kernel_w), tap_w = tap - tap_h * p.kernel_w;
     T value{};
-    if (in < p.in_channels)
+    if (in < p.in_channels && tap < p.taps)
       value = p.weight[in * p.strides[0] + out * p.strides[1] + tap_h * p.strides[2] + tap_w * p.strides[3]];
     p.packed[element] = value;
   }
@@ -132,7 +134,8 @@ struct PackRows {
 // A block computes 32 channels of 64 pixels. It looks up what its pixels meet at up to 16 taps at a time; then a team
 // of 8 lanes with 4 channels each adds up rows of weights for two pixels. The results go through shared memory, so that
 // neighbouring lanes write what are neighbours in memory. Blocks of the same channels run together: their rows of all
-// taps and output channels (147 KB in the example above) stay in L1.
+// taps and output channels (147 KB in the example above) stay in L1. Where a pixel meets nothing it adds the row of
+// zeros: loads that always happen can start early, and additions need no condition.
 template <class T>
 struct SparseInputGradient {
   using A = Accumulator<T>;
@@ -156,10 +159,10 @@ struct SparseInputGradient {
     int unused;
   };
 
-  // What a pixel meets at one tap: the gradient, the row of weights (-1: none), the group's first input channel.
+  // What a pixel meets at one tap: the gradient, the row of weights, and the first input channel of the group.
   struct __align__(16) Row {
     A grad;
-    int number;
+    unsigned number;
     int first;
   };
 
@@ -187,39 +190,46 @@ struct SparseInputGradient {
       for (int i = threadIdx.x / kPixels; i < taps; i += kThreads / kPixels)
         shared.row[i][threadIdx.x % kPixels] = find_row(p, pixel, tap + i, channel);
       __syncthreads();
-      add_rows(p, shared, sum, channel, taps);
+      if (geometry.one_group())
+        add_rows<true>(p, shared, sum, channel, taps);
+      else
+        add_rows<false>(p, shared, sum, channel, taps);
       __syncthreads();
     }
-    store(p, shared, sum, channel);
+    gather(shared, sum);
+    store(p, shared, channel);
   }
 
-  // No row if no channel of this block is of the group.
+  // The row of zeros if no channel of this block is of the group.
   __device__ static Row find_row(const Params& p, const InputPixel& pixel, int tap, int channel) {
     const SparseGeometry& geometry = p.geometry;
     Meeting<A> met = meet(geometry, p.grad, p.index, pixel, Tap(geometry, tap));
     int group = geometry.group_of(met.channel), first = group * geometry.in_per_group;
     bool here = met.channel >= 0 && first < channel + kSparseChannels && first + geometry.in_per_group > channel;
-    int row = met.channel - group * geometry.out_per_group;
-    return Row{met.grad, here ? tap * geometry.out_per_group + row : -1, first};
+    int row = tap * geometry.out_per_group + met.channel - group * geometry.out_per_group;
+    return Row{here ? met.grad : A(0), unsigned(here ? row : geometry.taps() * geometry.out_per_group), first};
   }
 
+  template <bool kOneGroup>
   __device__ static void add_rows(const Params& p, const Storage& shared, A (&sum)[kShare][kOwn], int channel,
                                   int taps) {
     int team = threadIdx.x / kTeam, own = channel + threadIdx.x % kTeam * kOwn;
-#pragma unroll 2
+    auto packed = reinterpret_cast<const char*>(p.packed + own);
+    unsigned row_bytes = unsigned(p.geometry.padded_channels) * unsigned(sizeof(T));
+    constexpr int kAtOnce = kOneGroup ? 3 : 2;  // taps whose rows are loaded together; comparisons take registers, too
+#pragma unroll kAtOnce
     for (int tap = 0; tap < taps; ++tap) {
 #pragma unroll
       for (int share = 0; share < kShare; ++share) {
         Row found = shared.row[tap][team + share * kTeams];
-        // Row 0 stands in for no row: a load that always happens can start early.
-        const T* row = p.packed + int64(found.number < 0 ? 0 : found.number) * p.geometry.padded_channels + own;
+        auto row = reinterpret_cast<const Packed<T, kWidth>*>(packed + uint64(found.number) * row_bytes);
 #pragma unroll
         for (int i = 0; i < kOwn; i += kWidth) {
-          auto weight = *reinterpret_cast<const Packed<T, kWidth>*>(row + i);
+          Packed<T, kWidth> weight = row[i / kWidth];
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
-            bool meets = found.number >= 0 && unsigned(own + i + j - found.first) < unsigned(p.geometry.in_per_group);
             A added = sum[share][i + j] + found.grad * to_accumulator(weight.value[j]);
+            bool meets = kOneGroup || unsigned(own + i + j - found.first) < unsigned(p.geometry.in_per_group);
             sum[share][i + j] = meets ? added : sum[share][i + j];
           }
         }
@@ -227,19 +237,37 @@ struct SparseInputGradient {
     }
   }
 
-  __device__ static void store(const Params& p, Storage& shared, const A (&sum)[kShare][kOwn], int channel) {
+  __device__ static void gather(Storage& shared, const A (&sum)[kShare][kOwn]) {
     int team = threadIdx.x / kTeam, own = threadIdx.x % kTeam * kOwn;
 #pragma unroll
     for (int share = 0; share < kShare; ++share)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) shared.result[own + i][team + share * kTeams] = sum[share][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < kSparseChannels * kPixels; i += kThreads) {
-      int row = p.channels_last ? i % kSparseChannels : i / kPixels;
-      int column = p.channels_last ? i / kSparseChannels : i % kPixels;
+  }
+
+  __device__ static void store(const Params& p, const Storage& shared, int channel) {
+    int channels = minimum_of(p.geometry.in_channels - channel, kSparseChannels);
+    T* output = p.output + channel * p.out_strides[1];
+    if (p.channels_last) {
+      int row = threadIdx.x % kSparseChannels;
+#pragma unroll
+      for (int i = 0; i < kPixels; i += kThreads / kSparseChannels) {
+        int column = i + threadIdx.x / kSparseChannels;
+        int64 offset = shared.offset[column];
+        if (offset >= 0 && row < channels)
+          output[offset + row * p.out_strides[1]] = from_accumulator<T>(shared.result[row][column]);
+      }
+    } else {
+      int column = threadIdx.x % kPixels, first = threadIdx.x / kPixels;
       int64 offset = shared.offset[column];
-      if (offset < 0 || channel + row >= p.geometry.in_channels) continue;
-      p.output[offset + (channel + row) * p.out_strides[1]] = from_accumulator<T>(shared.result[row][column]);
+      int left = offset >= 0 ? channels - first : 0;
+      T* to = output + offset + first * p.out_strides[1];
+#pragma unroll
+      for (int i = 0; i < kSparseChannels; i += kThreads / kPixels) {
+        if (i < left) *to = from_accumulator<T>(shared.result[i + first][column]);
+        to += kThreads / kPixels * p.out_strides[1];
+      }
     }
   }
 };

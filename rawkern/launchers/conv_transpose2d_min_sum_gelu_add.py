@@ -57,10 +57,12 @@ _PACK = runtime.params(
     ("packed", "u8"),
     ("strides", "i8", 4),
     ("elements", "i8"),
+    ("taps", "i4"),
     ("kernel_w", "i4"),
     ("in_channels", "i4"),
     ("out_per_group", "i4"),
     ("padded_channels", "i4"),
+    ("unused", "i4"),
 )
 _INPUT_GRADIENT = runtime.params(
     ("grad", "u8"),
@@ -271,9 +273,9 @@ def kernels():
 
 
 def _pack(queue, weight, geometry, padded):
-    """The weights as [tap][output channel within the group][input channel], the last padded."""
-    rows = geometry.out_channels // geometry.groups
-    elements = geometry.kernel[0] * geometry.kernel[1] * rows * padded
+    """The weights as [tap][output channel within the group][input channel], the last padded, and a row of zeros."""
+    rows, taps = geometry.out_channels // geometry.groups, geometry.kernel[0] * geometry.kernel[1]
+    elements = (taps * rows + 1) * padded
     packed = queue.empty((elements,), weight.dtype)
     _pack_kernel(weight.dtype).launch(
         queue,
@@ -282,10 +284,12 @@ def _pack(queue, weight, geometry, padded):
         packed=pointer(packed),
         strides=element_strides(weight),
         elements=elements,
+        taps=taps,
         kernel_w=geometry.kernel[1],
         in_channels=geometry.in_channels,
         out_per_group=rows,
         padded_channels=padded,
+        unused=0,
     )
     return packed
 
