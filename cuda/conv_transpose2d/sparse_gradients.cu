@@ -295,6 +295,7 @@ struct SparseWeightGradient {
   static constexpr int kNowhere = kRows * kSparseChannels;                // a row that nobody reads
   static constexpr int kSums = kNowhere + kSparseChannels;                // of a warp
   static constexpr int kLoads = (kSparseChannels + kWarps - 1) / kWarps;  // of a thread, per tile
+  static constexpr int kPadding = sizeof(T) == 8 ? 2 : kBatch;            // lanes that load together use all banks
 
   struct Params {
     const A* grad;
@@ -317,7 +318,7 @@ struct SparseWeightGradient {
 
   struct Storage {
     A sum[kWarps][kSums];
-    A x[kSparseChannels][kPixels + 16 / sizeof(A)];  // a lane loads a batch at once; eight lanes: all banks
+    T x[kSparseChannels][kPixels + kPadding];
     Batch batch[kWarps][kPixels / kBatch];
   };
 
@@ -428,7 +429,7 @@ struct SparseWeightGradient {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       Element at = element<kChannelsLast>(i);
-      if (at.exists) shared.x[at.channel][at.pixel] = to_accumulator(staged.x[i]);
+      if (at.exists) shared.x[at.channel][at.pixel] = staged.x[i];
     }
   }
 
@@ -455,11 +456,11 @@ struct SparseWeightGradient {
   // A batch in registers: what its pixels meet, and x of the lane's channel.
   struct Loaded {
     Batch batch;
-    Packed<A, kBatch> x;
+    Packed<T, kBatch> x;
 
     __device__ Loaded(const Storage& shared, int number)
         : batch(shared.batch[threadIdx.x / kWarp][number]),
-          x(*reinterpret_cast<const Packed<A, kBatch>*>(&shared.x[threadIdx.x % kWarp][number * kBatch])) {}
+          x(*reinterpret_cast<const Packed<T, kBatch>*>(&shared.x[threadIdx.x % kWarp][number * kBatch])) {}
   };
 
   template <bool kOneGroup>
@@ -493,7 +494,7 @@ struct SparseWeightGradient {
 #pragma unroll
       for (int earlier = 0; kRepeated && earlier < i; ++earlier)
         value[i] = place[earlier] == place[i] ? value[earlier] : value[i];
-      value[i] += loaded.batch.grad[i] * loaded.x.value[i];
+      value[i] += loaded.batch.grad[i] * to_accumulator(loaded.x.value[i]);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) sum[place[i]] = value[i];

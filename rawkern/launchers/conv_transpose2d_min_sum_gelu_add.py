@@ -363,7 +363,8 @@ def _weight_gradient_kernel(dtype):
     name, type = "conv_transpose2d_sparse_weight_gradient", f"SparseWeightGradient<{cpp_type(dtype)}>"
     size = accumulator(dtype).itemsize
     # Storage of the kernel: sums, a tile of x, what its pixels meet.
-    shared = 3 * (512 + size) * _CHANNELS + _CHANNELS * (32 * size + 16) + 3 * 8 * (4 * size + 16)
+    tile = _CHANNELS * (32 * dtype.itemsize + min(4 * dtype.itemsize, 16))
+    shared = 3 * (512 + size) * _CHANNELS + tile + 3 * 8 * (4 * size + 16)
     return _kernel(name, type, 96, _WEIGHT_GRADIENT, shared)
 
 
