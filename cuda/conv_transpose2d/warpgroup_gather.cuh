@@ -452,7 +452,8 @@ struct WarpgroupGather {
     Reader reader{memory, int(threadIdx.x % kWarp)};
     Ending ending(params.ending, p);
     bool once = resident(p);
-    for_each(p, [&](const Job& job) {
+    // Inlined, too, however large: see run().
+    for_each(p, [&](const Job& job) __attribute__((always_inline)) {
       if (job.exists && (!once || job.first)) {
         if (job.consumer == consumer) reader.tile = reader.next_tile;
         reader.next_tile.skip(p.slabs, p.stages);
