@@ -8,7 +8,8 @@
 // In NCHW each of the stager warps has a small ring of boxes, most of them under way; it waits for one, reads it with
 // its lanes along the pixels, writes it with 16 bytes of channels per lane (float) or as transposed matrices (16-bit
 // types), both without bank conflicts, and has the engine fill it again. It issues some 100 instructions for 32 pixels
-// of a slab, and nothing in them waits for memory. What limits it is shared memory itself, which the tensor cores use
+// of a slab (twice as many for 16-bit rows that begin anywhere, which are read value by value), and nothing in them
+// waits for memory. What limits it is shared memory itself, which the tensor cores use
 // most of: 96 of its cycles for each box, against 80 of 128 that the products want.
 #pragma once
 #include "load_matrices.cuh"
@@ -98,7 +99,7 @@ struct BoxSource {
 
   __device__ BoxSource(const WarpgroupParams& p, int warp, int warps)
       : p(p), slabs(p), walk(p, OwnBox::kSegment, warp, warps), bytes(opaque(p.box_bytes)) {
-    acquire_tensor_map(static_cast<const TensorMap*>(p.map));
+    acquire_tensor_map(p.map);
     enter();
   }
   __device__ void enter() {
@@ -136,15 +137,14 @@ struct BoxSource {
     enter();
   }
   __device__ void copy(unsigned char* box, Mbarrier& full) {
-    const TensorMap* map = static_cast<const TensorMap*>(p.map);
     if constexpr (kFlat) {
 #pragma unroll
       for (int part = 0; part < OwnBox::kAlign; ++part) {
         at[0] = (place.element + part * int(p.in_strides[1])) & -OwnBox::kAlign;
-        tensor_copy(box + part * OwnBox::kPart, map, at, full);
+        tensor_copy(box + part * OwnBox::kPart, p.map, at, full);
       }
     } else {
-      tensor_copy(box, map, at, full);
+      tensor_copy(box, p.map, at, full);
     }
   }
 };
@@ -228,6 +228,7 @@ struct BoxTurner {
     for (int i = 0; i < kCount; ++i)
       *reinterpret_cast<Unit*>(pixel + ((first + i) * 16 ^ swizzle)) = unit_of(values[i]);
   }
+  // The copy engine has rounded float.
   __device__ static Unit unit_of(const float (&values)[4]) {
     Unit unit;
 #pragma unroll
@@ -236,10 +237,7 @@ struct BoxTurner {
   }
   template <class Element>
   __device__ static Unit unit_of(const Element (&values)[8]) {
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
-    return unit;
+    return operand_unit(values);
   }
 
   // Matrix j is unit j of four, and eight pixels: a lane gets two channels of a pixel, a word of each unit. Two times
@@ -288,8 +286,7 @@ __device__ inline void copy_channels(const Slabs& slabs, unsigned char* stage, M
     for (int plane_w = 0; plane_w < p.in_step[1]; ++plane_w) {
       int x = p.in_step[1] * slabs.at.column + plane_w + p.in_origin[1];
       int to = ((at.plane_h * p.in_step[1] + plane_w) * p.staged_rows + at.row) * p.pitch;
-      tensor_copy(stage + to * kSwizzledRow, static_cast<const TensorMap*>(p.map),
-                  {slabs.channel(), slabs.group(), x, h, image}, full);
+      tensor_copy(stage + to * kSwizzledRow, p.map, {slabs.channel(), slabs.group(), x, h, image}, full);
     }
   }
 }

@@ -63,11 +63,6 @@ struct FragmentBias {
   }
 };
 
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T)) Vector {
-  T values[kCount];
-};
-
 // A thread's part of a chunk, which is 16 rows (channels) of 32 outputs: kGroups groups of 8 base pixels, in kPhases
 // phases each. Of two rows and every group a thread has two neighbouring pixels, a run of kRun outputs.
 template <class Gather>
@@ -136,14 +131,14 @@ struct RoundedFragment {
 
   // visit(offset in elements, words) for one of its runs, up to 16 bytes at a time.
   static constexpr int kEach = Two<T>::kWords, kRunWords = kRun / 2 * kEach, kWords = kRunWords < 4 ? kRunWords : 4;
-  using Words = Vector<unsigned, kWords>;
+  using Words = Packed<unsigned, kWords>;
   template <class Visit>
   __device__ void for_each_piece(int r, int g, Visit visit) const {
 #pragma unroll
     for (int i = 0; i < kRunWords; i += kWords) {
       Words words;
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) words.values[k] = pair[r][g][(i + k) / kEach].words[(i + k) % kEach];
+      for (int k = 0; k < kWords; ++k) words.value[k] = pair[r][g][(i + k) / kEach].words[(i + k) % kEach];
       visit(i / kEach * 2, words);
     }
   }
@@ -315,7 +310,7 @@ struct RunStore {
       for (int r = 0; r < 2; ++r)
         fragment.for_each_piece(r, g, [&](int k, const typename Rounded::Words& words) {
           if (rows.has(r) && k / Gather::kPhases < left)
-            store_words(row[r] + (pixels * Gather::kPhases + k), words.values);
+            store_words(row[r] + (pixels * Gather::kPhases + k), words.value);
         });
     });
   }

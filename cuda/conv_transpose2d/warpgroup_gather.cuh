@@ -20,8 +20,8 @@
 // consumer's job is 64 output channels by kPhases * kPixels columns, in 128 registers of each thread. Consumers take
 // turns: while one multiplies, the other one ends its last job (chain of functions, stores), so that the tensor cores
 // never wait for an epilogue. Of the producers, one warp streams the packed weights by bulk copies into a ring, 64 rows
-// of 128 bytes for each slab and tap; three stage the input, by the copy engine
-// (warpgroup_boxes.cuh) or pixel by pixel (warpgroup_staging.cuh). A tile's slabs are staged once for all its jobs if
+// of 128 bytes for each slab and tap; three stage the input, by the copy engine (warpgroup_boxes.cuh) or
+// pixel by pixel (warpgroup_staging.cuh). A tile's slabs are staged once for all its jobs if
 // there is room (`resident`), otherwise once per job. Rings of mbarriers connect the roles; all roles walk through the
 // same list of jobs. How many stages, boxes and weights there are in shared memory is the plan's choice: a ring of
 // weights too short to hide a copy's latency would set the pace where a phase has few pixels.
@@ -233,7 +233,7 @@ struct WarpgroupGather {
 
   __device__ static void stage_channels(const WarpgroupParams& p, Memory& memory, int warp) {
     if (threadIdx.x % kWarp) return;
-    acquire_tensor_map(static_cast<const TensorMap*>(p.map));
+    acquire_tensor_map(p.map);
     Ring ring;
     for (Slabs slabs(p); slabs.exists(); slabs.advance()) {
       unsigned char* stage = wait_for_stage(p, memory, ring);

@@ -26,27 +26,15 @@ struct WarpgroupPackWeight {
     int depth, rows, units_per_group, slabs, passes, kernel_w;
     short pass_step[kMaxPhases + 1];  // first step of each pass
     short tap[kMaxSteps];             // of each step: kh * kernel_w + kw
-    void* map;
+    TensorMap* map;
     TensorParams input;  // what the map is of
   };
-
-  __device__ static Unit make_unit(const T (&values)[kUnit]) {
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4)
-        unit.words[i] = tf32_round(values[i]);
-      else
-        unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
-    }
-    return unit;
-  }
 
   __device__ static void run(const Params& p) {
     int64 index = linear_block() * kThreads + threadIdx.x;
     if (p.map && index < kWarp) {
       RAWKERN_SHARED(TensorMap, map);
-      make_tensor_map<T>(static_cast<TensorMap*>(p.map), map, p.input);
+      make_tensor_map<T>(p.map, map, p.input);
     }
     if (index >= p.count) return;
     int unit = int(index % 8), row = int(index / 8 % kRows);
@@ -66,7 +54,7 @@ struct WarpgroupPackWeight {
     for (int i = 0; i < kUnit; ++i)
       values[i] = out < p.rows && channel + i < p.depth ? source[(channel + i) * p.depth_stride] : T{};
     unsigned char* to = static_cast<unsigned char*>(p.packed) + tile * (kRows * kSwizzledRow);
-    unit_at(to, row, unit) = make_unit(values);
+    unit_at(to, row, unit) = operand_unit(values);
   }
 };
 

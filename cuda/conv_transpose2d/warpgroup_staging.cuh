@@ -150,20 +150,7 @@ struct SinglePixels {
 
   __device__ static void store(const T (&values)[kGroup], unsigned char* to, int place, int first) {
 #pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) unit_at(to, place, first + u) = unit_of(&values[u * kUnit]);
-  }
-  __device__ static Unit unit_of(const float* values) {
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unit.words[i] = tf32_operand(values[i]);
-    return unit;
-  }
-  template <class Element>
-  __device__ static Unit unit_of(const Element* values) {
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
-    return unit;
+    for (int u = 0; u < kGroupUnits; ++u) unit_at(to, place, first + u) = operand_unit(&values[u * kUnit]);
   }
 };
 

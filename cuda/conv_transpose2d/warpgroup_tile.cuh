@@ -7,16 +7,16 @@ namespace rawkern {
 
 constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages = 12, kMaxBoxes = 4;
 
-// How the input is staged (warpgroup_staging.cuh). Where its pixels are neighbours, the copy engine brings boxes of
-// rows, or where rows begin anywhere, of the tensor as one long row; where channels are, it brings what is to be
-// multiplied. Otherwise pixel by pixel.
+// How the input is staged (warpgroup_boxes.cuh, warpgroup_staging.cuh). Where its pixels are neighbours, the copy
+// engine brings boxes of rows, or where rows begin anywhere, of the tensor as one long row; where channels are, it
+// brings what is to be multiplied. Otherwise pixel by pixel.
 enum Staging { kStagePixels, kStageRows, kStageFlat, kStageChannels };
 
 struct WarpgroupParams {
   const void* input;
-  const void* weight;   // packed (warpgroup_pack_weight.cu)
-  const void* map;      // the input's TensorMap, where the copy engine stages it
-  int64 in_strides[4];  // n, c, h, w, in elements
+  const void* weight;    // packed (warpgroup_pack_weight.cu)
+  const TensorMap* map;  // of the input, where the copy engine stages it
+  int64 in_strides[4];   // n, c, h, w, in elements
   int64 out_strides[4];
   int tiles;  // less than 2^30
   int batch, groups;

@@ -125,4 +125,10 @@ struct Two<BFloat16> {
   __device__ float second() const { return __uint_as_float(words[0] & 0xffff0000u); }
 };
 
+// Neighbours in memory that are loaded and stored as one, 16 bytes at most at a time.
+template <class T, int kCount>
+struct __align__(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Packed {
+  T value[kCount];
+};
+
 }  // namespace rawkern

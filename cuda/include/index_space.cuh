@@ -14,12 +14,6 @@ __device__ inline int64 divide(int64 a, int64 b) {
   return ((a | b) >> 32) == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
 }
 
-// Neighbours in memory that are loaded and stored as one, 16 bytes at most at a time.
-template <class T, int kCount>
-struct __align__(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Packed {
-  T value[kCount];
-};
-
 template <int kArrays>
 struct IndexSpace {
   int64 sizes[kMaxDims];

@@ -18,10 +18,6 @@ __device__ inline int64 opaque(int64 value) {
 #endif
   return value;
 }
-// A value that all lanes of a warp have in common, which the compiler then knows, and computes with it once for the
-// warp.
-__device__ inline int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
-
 template <class T>
 __device__ inline T* opaque(T* pointer) {
 #if RAWKERN_GPU
@@ -29,5 +25,9 @@ __device__ inline T* opaque(T* pointer) {
 #endif
   return pointer;
 }
+
+// A value that all lanes of a warp have in common, which the compiler then knows, and computes with it once for the
+// warp.
+__device__ inline int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
 
 }  // namespace rawkern

@@ -10,8 +10,9 @@
 // The product is asynchronous: wgmma_fence() before the first one that uses registers written by ordinary code,
 // wgmma_commit() closes a group, wgmma_wait<n>() waits until at most n groups are under way. With w the warp within the
 // warpgroup, g = lane / 4 and t = lane % 4, a thread's d[4 j + 2 r + i] is (row 16 w + 8 r + g, column 8 j + 2 t + i).
-// (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".) Operands are rounded to TF32 by
-// tf32_round (mma.cuh) when they are staged; the unit ignores the 13 low bits. sm_90a only.
+// (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".) Operands are rounded to TF32 when
+// they are staged, by operand_unit() or the copy engine (tensor_copy.cuh); the unit ignores the 13 low bits. sm_90a
+// only.
 #pragma once
 #include "mma.cuh"
 #include "opaque.cuh"
@@ -29,6 +30,20 @@ struct alignas(16) Unit {
 };
 __device__ inline Unit& unit_at(unsigned char* buffer, int row, int unit) {
   return *reinterpret_cast<Unit*>(buffer + swizzled(row, unit));
+}
+// A unit of an operand: four values, which are rounded, or eight of a 16-bit type.
+__device__ inline Unit operand_unit(const float* values) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unit.words[i] = tf32_operand(values[i]);
+  return unit;
+}
+template <class T>
+__device__ inline Unit operand_unit(const T* values) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
+  return unit;
 }
 
 #if RAWKERN_GPU

@@ -323,7 +323,7 @@ class _Work:
         stage_pixels = _round_up(planes * staged_rows * pitch, 8)
         if self.staging == CHANNELS and (pitch * width.in_step > MAX_BOX or width.in_step > MAX_STEP):
             return
-        rings = self._rings(shape, stage_pixels * _ROW_BYTES, self.box_bytes)
+        rings = self._rings(shape, stage_pixels * _ROW_BYTES)
         if rings is None or stage_pixels > 32767:
             return
         stack = height.base + height.halo
@@ -350,26 +350,22 @@ class _Work:
         return [parts for parts in range(1, most + 1) if most % parts == 0]
 
     @property
-    def box_pixels(self):
-        """Of a box, from one channel to the next."""
-        return _SEGMENT + (16 // self.dtype.itemsize if self.staging == FLAT or self.dtype.itemsize == 2 else 0)
-
-    @property
     def box_bytes(self):
         """Of a box: of all channels of a slab, or, if rows are aligned, of those that there are."""
         if self.staging not in (ROWS, FLAT):
             return 0
         some = self.staging == ROWS and self.slabs == 1
         channels = self.last_slices * 32 // self.dtype.itemsize if some else self.slab
-        return self.box_pixels * channels * self.dtype.itemsize
+        return _box_pixels(self.staging, self.dtype) * channels * self.dtype.itemsize
 
-    def _rings(self, shape, stage_bytes, box_bytes):
+    def _rings(self, shape, stage_bytes):
         """How many buffers the rings of staged input, of weights and of boxes have; None if a tile does not fit.
 
         First two boxes, and the stages that keep every slab of both consumers' tiles where it is for all of their jobs,
         or as many as three slabs; then weights and boxes, until their latency is hidden; then what is left.
         """
-        pool, boxes, ring = shape.pool_bytes(self.channel_min), 2 if box_bytes else 0, _STAGERS * box_bytes
+        pool, ring = shape.pool_bytes(self.channel_min), _STAGERS * self.box_bytes
+        boxes = 2 if ring else 0
         pool -= boxes * ring
         most = min(_MAX_STAGES, (pool - _WEIGHT_STAGES * _WEIGHT_BYTES) // stage_bytes)
         if most < 2:
@@ -378,7 +374,7 @@ class _Work:
         weight_stages = min(8, (pool - min(most, wanted) * stage_bytes) // _WEIGHT_BYTES)
         stages = min(_MAX_STAGES, (pool - weight_stages * _WEIGHT_BYTES) // stage_bytes)
         pool -= stages * stage_bytes + weight_stages * _WEIGHT_BYTES
-        if box_bytes:
+        if ring:
             more = min(_MAX_BOXES - boxes, pool // ring)
             boxes, pool = boxes + more, pool - more * ring
         return stages, min(_MAX_WEIGHT_STAGES, weight_stages + pool // _WEIGHT_BYTES), boxes
@@ -479,7 +475,6 @@ class _Work:
             weight_stages=tile.weight_stages,
             boxes=tile.boxes,
             box_bytes=self.box_bytes,
-            box_pixels=self.box_pixels,
             span=tile.pitch * width.in_step,
             slabs=self.slabs,
             last_slices=self.last_slices,
@@ -518,6 +513,11 @@ class _Work:
             pack_fields=pack_fields,
             packed_bytes=packed_bytes,
         )
+
+
+def _box_pixels(staging, dtype):
+    """Of a box, from one channel to the next."""
+    return _SEGMENT + (16 // dtype.itemsize if staging == FLAT or dtype.itemsize == 2 else 0)
 
 
 def _round_up(value, multiple):
@@ -700,7 +700,7 @@ def _tensor(plan, gathered):
     if plan.staging == CHANNELS:
         box, step = (slab, 1, fields["span"], 1, 1), (1, 1, fields["in_step"][1], 1, 1)
         return tensor_fields(pointer, *_channels(gathered, channels), box, step, True)
-    pixels = fields["box_pixels"]
+    pixels = _box_pixels(plan.staging, plan.dtype)
     if plan.staging == FLAT:
         return tensor_fields(pointer, *_flat(gathered, channels), (pixels, slab // align, 1, 1, 1), (1,) * 5, False)
     box = pixels, 1, fields["box_bytes"] // (pixels * gathered.itemsize), 1, 1
