@@ -164,9 +164,9 @@ WARPGROUP_CONVOLUTIONS = (
 
 
 def sweep_conv_transpose2d_warpgroup():
-    """By products of warpgroups: 16-bit types, and float32 in TF32."""
+    """By products of warpgroups: 16-bit types, and float32 in TF32 and split in two."""
     with direct_kernels(lambda geometry: False), architecture("sm_90a"):
-        _sweep_convolutions(WARPGROUP_CONVOLUTIONS, warpgroup.DTYPES, precisions=("tf32",))
+        _sweep_convolutions(WARPGROUP_CONVOLUTIONS, warpgroup.DTYPES)
 
 
 def sweep_conv_transpose2d_direct():

@@ -72,18 +72,20 @@ CASES = {
 
 #: The ways there are to compute a convolution, and what makes the launchers take each: the architecture, and
 #: arguments of sweep.direct_kernels.
-IMPLICIT_GEMM, WARPGROUP, DIRECT, DIRECT_TILE = "implicit GEMM", "warpgroup", "direct", "direct, for one shape"
+IMPLICIT_GEMM, WARPGROUP, SPLIT = "implicit GEMM", "warpgroup", "warpgroup, split floats"
+DIRECT, DIRECT_TILE = "direct", "direct, for one shape"
 KERNELS = {
     IMPLICIT_GEMM: ("sm_80", dict(few_channels=lambda geometry: False)),
     WARPGROUP: ("sm_90a", dict(few_channels=lambda geometry: False)),
+    SPLIT: ("sm_90a", dict(few_channels=lambda geometry: False)),
     DIRECT: ("sm_90a", dict(few_channels=lambda geometry: True, min_products=2**62)),
     DIRECT_TILE: ("sm_90a", dict(few_channels=lambda geometry: True, min_products=0)),
 }
+WARPGROUPS_AND_DTYPES = [*((WARPGROUP, dtype) for dtype in DTYPES[1:]), (SPLIT, torch.float32)]
 #: With every dtype, but for kernels compiled for one shape, of which there are endlessly many.
 KERNELS_AND_DTYPES = [
-    (kernel, dtype)
-    for kernel in (IMPLICIT_GEMM, WARPGROUP, DIRECT)
-    for dtype in (DTYPES[1:] if kernel == WARPGROUP else DTYPES)
+    *((kernel, dtype) for kernel in (IMPLICIT_GEMM, DIRECT) for dtype in DTYPES),
+    *WARPGROUPS_AND_DTYPES,
 ]
 
 
@@ -144,8 +146,7 @@ LARGER = {
 }
 
 
-@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("kernel", "dtype"), WARPGROUPS_AND_DTYPES, indirect=["kernel"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("case", LARGER)
 def test_parity_of_larger_problems(case, channels_last, dtype, kernel, device):
@@ -160,8 +161,7 @@ def geometry_of(inputs):
     return Geometry.of(inputs["input"].shape, inputs["weight"].shape, **parameters)
 
 
-@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("kernel", "dtype"), WARPGROUPS_AND_DTYPES, indirect=["kernel"])
 @pytest.mark.parametrize("case", ["odd rows", "rows of 16 bytes"])
 def test_memory_that_begins_anywhere(case, dtype, kernel, device):
     inputs = {name: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for name, v in LARGER[case].items()}
@@ -184,9 +184,11 @@ def test_channels_far_apart(kernel, tmp_path):
     assert np.array_equal(launchers.conv_transpose2d(image, weight), launchers.conv_transpose2d(image.copy(), weight))
 
 
-@pytest.mark.parametrize("dtype", warpgroup.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [*((dtype, "tf32") for dtype in warpgroup.DTYPES), (np.dtype("float32"), "ieee")], ids=str
+)
 @pytest.mark.parametrize("way", ["forward", "gradient"])
-def test_every_way_to_stage_the_input_is_tried(way, dtype):
+def test_every_way_to_stage_the_input_is_tried(way, dtype, precision):
     """By the tests of parity, in every plan that they come to: with and without planes of a stride."""
     ways = set()
     for inputs, channels_last in itertools.product(LARGER.values(), (False, True)):
@@ -196,7 +198,7 @@ def test_every_way_to_stage_the_input_is_tried(way, dtype):
         if channels_last:
             array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         staging = warpgroup.staging_of(array, geometry)
-        plan = warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=way == "forward", staging=staging)
+        plan = warpgroup.plan(geometry, dtype, precision, "sm_90a", 1, transposed=way == "forward", staging=staging)
         if plan:
             ways.add((plan.staging, math.prod(plan.fields["in_step"]) > 1))
     stagings = warpgroup.PIXELS, warpgroup.ROWS, warpgroup.FLAT, warpgroup.CHANNELS
@@ -316,7 +318,8 @@ def test_warpgroups_are_chosen(case):
         for transposed in (True, False) if math.prod(geometry.stride) < 16 else (True,):
             assert warpgroup.plan(geometry, dtype, "tf32", "sm_90a", 1, transposed=transposed)
             assert not warpgroup.plan(geometry, dtype, "tf32", "sm_80", 1, transposed=transposed)
-    assert not warpgroup.plan(geometry, np.dtype("float32"), "ieee", "sm_90a", 1, transposed=True)
+    plans = [warpgroup.plan(geometry, np.dtype("float32"), p, "sm_90a", 1, transposed=True) for p in ("ieee", "tf32")]
+    assert [plan.split for plan in plans] == [True, False]
     assert not warpgroup.plan(geometry, np.dtype("float64"), "tf32", "sm_90a", 1, transposed=True)
 
 
@@ -558,7 +561,7 @@ def test_infinities_and_nan_stay_where_they_belong(kernel, device):
     check(inputs, torch.float32, device, kernel, backward=False)
 
 
-@pytest.mark.parametrize("kernel", [IMPLICIT_GEMM, WARPGROUP, DIRECT], indirect=True)
+@pytest.mark.parametrize("kernel", [IMPLICIT_GEMM, WARPGROUP, SPLIT, DIRECT], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_infinite_channels_of_other_groups(groups, dtype, kernel, device):
@@ -632,6 +635,20 @@ def test_precision_on_a_gpu_follows_torch():
     for allowed, name in ((True, "tf32"), (False, "ieee")):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
             assert torch.equal(rawkern.conv_transpose2d(x, w), modes[name])
+
+
+@pytest.mark.parametrize("kernel", [SPLIT], indirect=True)
+def test_split_floats_keep_every_number(kernel, device):
+    """Infinities, NaN, the largest numbers and small ones, whatever they are multiplied with."""
+    numbers = [float("inf"), float("-inf"), float("nan"), 3.4028234e38, -3.4028e38, 1.17549e-38, 1e-40, 1 + 2**-23, 0.0]
+    x = torch.tensor(numbers, device=device).view(1, 1, 1, -1)
+    for factor in (1.0, 0.75, -1 + 2**-24):
+        expected = x.double() * factor
+        y = rawkern.conv_transpose2d(x, torch.full((1, 1, 1, 1), factor, device=device), precision="ieee")
+        torch.testing.assert_close(y.double(), expected, rtol=2**-21, atol=2**-137, equal_nan=True)
+        one = torch.full((1, 1, 1, 1), factor, device=device)
+        y = rawkern.conv_transpose2d(one, x.view(1, -1, 1, 1), precision="ieee")  # infinite weights
+        torch.testing.assert_close(y.double().flatten(), expected.flatten(), rtol=2**-21, atol=2**-137, equal_nan=True)
 
 
 def test_unknown_precision():

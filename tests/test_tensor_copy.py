@@ -17,8 +17,9 @@ COPY = Kernel(
 )  # fmt: skip
 
 
-def make_map(dtype):
-    type, params = f"MakeMap<{runtime.cpp_type(dtype)}>", runtime.params(("tensor", TENSOR), ("map", "u8"))
+def make_map(dtype, rounds):
+    type = f"MakeMap<{runtime.cpp_type(dtype)}, {str(rounds).lower()}>"
+    params = runtime.params(("tensor", TENSOR), ("map", "u8"))
     return Kernel("make_map", "tensor_copy.cu", type, 32, params, folder=FOLDER)
 
 
@@ -27,7 +28,7 @@ def rounded_to_tf32(values):
     return ((values.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 
-def boxes(device, host, box, step, places, swizzle=False):
+def boxes(device, host, box, step, places, swizzle=False, rounds=True):
     """The boxes of `host`, copied to the device, at these places, axes from the fastest on."""
     tensor = np.array(host) if device == "cpu" else pytest.importorskip("cupy").asarray(host)
     queue = Queue(runtime.device_of(tensor))
@@ -37,7 +38,7 @@ def boxes(device, host, box, step, places, swizzle=False):
     at = queue.device.xp.asarray(np.array(places, np.int32))
     output = queue.empty((len(places), words), np.dtype("uint32"))
     fields = tensor_fields(runtime.pointer(tensor), tensor.shape[::-1], tensor.strides[-2::-1], box, step, swizzle)
-    make_map(tensor.dtype).launch(queue, 1, tensor=fields, map=runtime.pointer(map))
+    make_map(tensor.dtype, rounds).launch(queue, 1, tensor=fields, map=runtime.pointer(map))
     COPY.launch(queue, len(places), map=runtime.pointer(map), at=runtime.pointer(at),
                 output=runtime.pointer(output), bytes=4 * words)  # fmt: skip
     copied = output if device == "cpu" else output.get()
@@ -53,14 +54,14 @@ def expected(tensor, box, step, at):
     return result
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("dtype", "rounds"), [("float32", True), ("float32", False), ("float16", True)])
 @pytest.mark.parametrize("step", [(1, 1, 1, 1, 1), (1, 2, 3, 1, 1)], ids=["every", "steps"])
-def test_boxes_inside_and_outside(dtype, step, device):
+def test_boxes_inside_and_outside(dtype, rounds, step, device):
     rng = np.random.default_rng(0)
     host = rng.standard_normal((2, 2, 5, 7, 24)).astype(dtype)
     box, places = (16, 5, 4, 1, 1), list(itertools.product((-8, 8, 16), (-2, 4), (0, 3), (1,), (0, 1)))
-    found = boxes(device, host, box, step, places)
-    values = rounded_to_tf32(host) if dtype == "float32" else host
+    found = boxes(device, host, box, step, places, rounds=rounds)
+    values = rounded_to_tf32(host) if dtype == "float32" and rounds else host
     for one, at in zip(found, places, strict=True):
         np.testing.assert_array_equal(one, expected(values, box, step, at))
 

@@ -65,11 +65,15 @@ struct BoxWalk {
 // matrix's channels lie in different banks, and where rows begin anywhere (kFlat): such a box begins up to kAlign - 1
 // pixels before the first one. It is copied in kAlign parts, each of every kAlign-th channel, since what begins at a
 // multiple of 16 bytes in one channel need not do so in the next, but does so in the kAlign-th.
-template <class T, bool kFlat>
+//
+// Of channels-last memory (kChannels) a box is [pixel][channel]; only what is to be split comes this way.
+template <class T, bool kSplit, Staging kStaging>
 struct Box {
-  static constexpr int kSegment = 32, kSlab = kSwizzledRow / sizeof(T), kAlign = 16 / sizeof(T);
-  static constexpr int kPixels = kSegment + (kFlat || sizeof(T) == 2 ? kAlign : 0);
+  static constexpr bool kFlat = kStaging == kStageFlat, kChannels = kStaging == kStageChannels;
+  static constexpr int kSegment = 32, kSlab = OperandRow<T, kSplit>::kChannels, kAlign = 16 / sizeof(T);
+  static constexpr int kPixels = kSegment + (kFlat || sizeof(T) == 2 ? kSplit ? 2 * kAlign : kAlign : 0);
   static constexpr int kPart = kSlab / kAlign * kPixels * sizeof(T);  // bytes
+  static_assert(kPart % 128 == 0, "the copy engine's destinations are aligned");
   // Channel `channel`, counted in values.
   __device__ static constexpr int place(int channel) {
     return (kFlat ? channel % kAlign * (kSlab / kAlign) + channel / kAlign : channel) * kPixels;
@@ -84,11 +88,11 @@ struct BoxPlace {
 };
 
 // Pixels neighbours (NCHW), first half of the way: the boxes of the rows that a warp takes, slab after slab as `Slabs`
-// has them. The copy engine rounds float. It sets to zero what is outside of the image or the group, but, where it sees
-// the tensor as one long row, only what is outside of the tensor.
-template <class T, bool kFlat, class Slabs>
+// has them. The copy engine rounds float that is not to be split. It sets to zero what is outside of the image or the
+// group, but, where it sees the tensor as one long row, only what is outside of the tensor.
+template <class OwnBox, class Slabs>
 struct BoxSource {
-  using OwnBox = Box<T, kFlat>;
+  static constexpr bool kFlat = OwnBox::kFlat;
 
   const WarpgroupParams& p;
   Slabs slabs;
@@ -115,10 +119,11 @@ struct BoxSource {
       at[2] = slabs.group();
       at[3] = at[4] = 0;
     } else {
-      at[0] = x;
-      at[1] = h;
-      at[2] = slabs.channel();
-      at[3] = slabs.group();
+      constexpr int kFirst = OwnBox::kChannels ? 2 : 0, kSecond = 2 - kFirst;  // pixels and channels
+      at[kFirst] = x;
+      at[kFirst + 1] = h;
+      at[kSecond] = slabs.channel();
+      at[kSecond + 1] = slabs.group();
       at[4] = image;
     }
     exists = slabs.exists();
@@ -151,10 +156,12 @@ struct BoxSource {
 
 // The second half: a box is turned around into the stage, where a pixel's channels are neighbours. Lanes write pixels,
 // or words of them, that lie in different banks.
-template <class T, bool kFlat>
+template <class T, bool kSplit, Staging kStaging>
 struct BoxTurner {
-  using OwnBox = Box<T, kFlat>;
-  static constexpr int kUnits = kSwizzledRow / 16, kUnitValues = 16 / sizeof(T);
+  using OwnBox = Box<T, kSplit, kStaging>;
+  using Row = OperandRow<T, kSplit>;
+  static constexpr bool kFlat = OwnBox::kFlat;
+  static constexpr int kUnits = Row::kUnits, kUnitValues = Row::kUnitValues;
 
   const WarpgroupParams& p;
   int lane;
@@ -183,7 +190,9 @@ struct BoxTurner {
   template <class Place>
   __device__ void turn_box(const T* box, const BoxPlace& box_place, int width, unsigned char* stage, int units,
                            Place place) const {
-    if constexpr (kFlat || sizeof(T) == 4)
+    if constexpr (OwnBox::kChannels)
+      split_pixels(box, width, stage, place);
+    else if constexpr (kFlat || sizeof(T) == 4)
       turn_pixels(box, box_place, width, stage, units, place);
     else
       turn_matrices(box, width, stage, units, place);
@@ -222,11 +231,13 @@ struct BoxTurner {
 #pragma unroll
         for (int c = 0; c < kUnitValues; ++c) values[i][c] = T{};
     }
-    unsigned char* pixel = stage + to * kSwizzledRow;
-    int swizzle = to % 8 * 16;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      *reinterpret_cast<Unit*>(pixel + ((first + i) * 16 ^ swizzle)) = unit_of(values[i]);
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kSplit)
+        Row::store(stage, to, first + i, values[i]);
+      else
+        unit_at(stage, to, first + i) = unit_of(values[i]);
+    }
   }
   // The copy engine has rounded float.
   __device__ static Unit unit_of(const float (&values)[4]) {
@@ -266,6 +277,19 @@ struct BoxTurner {
           if (unit / 4 * 4 < units)
             *reinterpret_cast<unsigned*>(word + (unit * 16 ^ swizzle)) = words[i][unit / 4][unit % 4];
       }
+    }
+  }
+
+  // A lane takes a unit of a pixel; eight lanes take two pixels, so chosen that they read and write different banks.
+  template <class Place>
+  __device__ void split_pixels(const T* box, int width, unsigned char* stage, Place place) const {
+    int unit = lane % kUnits, pair = lane / (2 * kUnits), pixel = pair ^ (lane / kUnits % 2 ? 5 : 0);
+#pragma unroll
+    for (int first = 0; first < OwnBox::kSegment; first += 8) {
+      if (first + pixel >= width) break;
+      Packed<T, kUnitValues> from =
+          *reinterpret_cast<const Packed<T, kUnitValues>*>(box + (first + pixel) * OwnBox::kSlab + unit * kUnitValues);
+      Row::store(stage, place(first + pixel), unit, from.value);
     }
   }
 };

@@ -6,14 +6,14 @@
 
 namespace rawkern {
 
-template <class T, int kPhases, int kPixels, int kStageBytes, class Chain>
-using WarpgroupForward = WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupStore<T, Chain>>;
+template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain>
+using WarpgroupForward = WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStore<T, Chain>>;
 
-template <class T, int kPhases, int kPixels, int kStageBytes, class Chain>
+template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain>
 using WarpgroupForwardWithMoments =
-    WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupStoreWithMoments<T, Chain>>;
+    WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStoreWithMoments<T, Chain>>;
 
-template <class T, int kPhases, int kPixels, int kStageBytes>
-using WarpgroupForwardChannelMin = WarpgroupGather<T, kPhases, kPixels, kStageBytes, WarpgroupChannelMin<T>>;
+template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes>
+using WarpgroupForwardChannelMin = WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupChannelMin<T>>;
 
 }  // namespace rawkern

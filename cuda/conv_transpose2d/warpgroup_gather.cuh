@@ -5,8 +5,9 @@
 //
 // Output channels are the rows, pixels the columns, both operands lie in shared memory and are read by descriptor, so
 // the loop that multiplies loads nothing into registers. The input is staged as one swizzled row of 128 bytes per pixel
-// (a slab of 32 TF32 or 64 16-bit channels); pixels of the tile lie row after row, `pitch` apart. A tap is then the
-// same operand begun at another pixel: one shared-memory tile serves all taps, and all phases of a stride.
+// (a slab of 32 TF32 or 64 16-bit channels, or of 16 split floats, see below); pixels of the tile lie row after row,
+// `pitch` apart. A tap is then the same operand begun at another pixel: one shared-memory tile serves all taps, and all
+// phases of a stride.
 //
 // Tiles. The images of a batch are stacked, `stack` rows each, so that small images share tiles; a tile is `tile_rows`
 // rows by `tile_columns` base pixels of the stack, plus the halo that the taps reach. Where the gather has steps (input
@@ -25,6 +26,11 @@
 // there is room (`resident`), otherwise once per job. Rings of mbarriers connect the roles; all roles walk through the
 // same list of jobs. How many stages, boxes and weights there are in shared memory is the plan's choice: a ring of
 // weights too short to hide a copy's latency would set the pace where a phase has few pixels.
+//
+// Full float32 (kSplit): each value is the sum of two TF32 numbers (split_tf32), of which a slab's row holds the high
+// ones of 16 channels and then the low ones. A tap is three products: low * high, high * low, high * high. The tensor
+// cores cut what they add to a sum, always towards zero, so sums are kept short: those of two taps, small products
+// first, are added to totals by ordinary instructions, which leaves registers for half as many columns.
 //
 // Zeros stand for pixels outside the image and channels beyond the last. What becomes of the sums is the Ending's
 // business (warpgroup_endings.cuh). Registers move from the producers to the consumers, who need 128 for the sums.
@@ -46,19 +52,20 @@ struct Job {
   bool first, last;  // of its tile
 };
 
-// T: element type; kPhases: phases of a pass; kPixels: columns per phase; kPoolBytes: shared memory for staged input
-// and weights, which a plan divides between the two; Ending: what becomes of the sums.
-template <class T, int kPhases_, int kPixels_, int kPoolBytes, class Ending>
+// T: element type; kSplit: float in two parts; kPhases: phases of a pass; kPixels: columns per phase; kPoolBytes:
+// shared memory for staged input and weights, which a plan divides between the two; Ending: what becomes of the sums.
+template <class T, bool kSplit, int kPhases_, int kPixels_, int kPoolBytes, class Ending>
 struct WarpgroupGather {
   using Operand = typename OperandOf<T>::type;
+  using Row = OperandRow<T, kSplit>;
   static constexpr int kPhases = kPhases_, kPixels = kPixels_;
   static constexpr int kConsumers = 2, kProducers = 1;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kStagerWarps = 4 * kProducers - 1;
   static constexpr int kThreads = (kConsumers + kProducers) * kWarpgroup;
   static constexpr int kMinBlocks = 1;
   static constexpr int kRows = 64;
-  static constexpr int kSlab = kSwizzledRow / sizeof(T);
-  static constexpr int kWeightBytes = kRows * kSwizzledRow, kTapsTogether = 2;
+  static constexpr int kSlab = Row::kChannels, kSlabSlices = Row::kUnits / 2;
+  static constexpr int kWeightBytes = kRows * kSwizzledRow, kTapsTogether = 2, kProducts = kSplit ? 3 : 1;
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   // What the warpgroups hold together is what the block was launched with, or they wait for registers for ever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
@@ -217,7 +224,7 @@ struct WarpgroupGather {
 
   // Of slab `slab`, the units of 16 bytes of channels that are multiplied.
   __device__ static int units_of(const WarpgroupParams& p, int slab) {
-    return slab == p.slabs - 1 ? 2 * p.last_slices : kSwizzledRow / 16;
+    return slab == p.slabs - 1 ? 2 * p.last_slices : Row::kUnits;
   }
 
   __device__ static unsigned char* wait_for_stage(const WarpgroupParams& p, Memory& memory, const Ring& ring) {
@@ -243,11 +250,12 @@ struct WarpgroupGather {
   }
 
   // p.boxes boxes are under way, which may belong to later slabs, while one is turned around.
-  template <bool kFlat>
-  __device__ static void stage_rows(const WarpgroupParams& p, Memory& memory, int warp) {
-    BoxSource<T, kFlat, Slabs> source(p, warp, kStagerWarps);
-    BoxTurner<T, kFlat> turner(p);
-    BoxWalk walk(p, Box<T, kFlat>::kSegment, warp, kStagerWarps);
+  template <Staging kStaging>
+  __device__ static void stage_boxes(const WarpgroupParams& p, Memory& memory, int warp) {
+    using OwnBox = Box<T, kSplit, kStaging>;
+    BoxSource<OwnBox, Slabs> source(p, warp, kStagerWarps);
+    BoxTurner<T, kSplit, kStaging> turner(p);
+    BoxWalk walk(p, OwnBox::kSegment, warp, kStagerWarps);
     int64 left = source.slabs.count();
     int slab = 0;
     Ring ring, boxes;
@@ -275,7 +283,7 @@ struct WarpgroupGather {
   }
 
   __device__ static void stage_single_pixels(const WarpgroupParams& p, Memory& memory, int warp) {
-    SinglePixels<T, Slabs> pixels(p, warp, kStagerWarps);
+    SinglePixels<T, kSplit, Slabs> pixels(p, warp, kStagerWarps);
     Ring ring;
     int slab = 0;
     for (int64 left = pixels.slabs.count(); left > 0; --left) {
@@ -286,14 +294,18 @@ struct WarpgroupGather {
   }
 
   __device__ static void stage_input(const WarpgroupParams& p, Memory& memory, int warp) {
-    if (p.staging == kStageRows)
-      stage_rows<false>(p, memory, warp);
-    else if (p.staging == kStageFlat)
-      stage_rows<true>(p, memory, warp);
-    else if (p.staging == kStageChannels)
-      stage_channels(p, memory, warp);
-    else
+    if (p.staging == kStageRows) {
+      stage_boxes<kStageRows>(p, memory, warp);
+    } else if (p.staging == kStageFlat) {
+      stage_boxes<kStageFlat>(p, memory, warp);
+    } else if (p.staging == kStageChannels) {
+      if constexpr (kSplit)
+        stage_boxes<kStageChannels>(p, memory, warp);
+      else
+        stage_channels(p, memory, warp);
+    } else {
       stage_single_pixels(p, memory, warp);
+    }
   }
 
   // A consumer's side of the rings: where its next weights and its tile's slabs are, whose turn it is, and what it has
@@ -304,6 +316,7 @@ struct WarpgroupGather {
     Ring weights, tile, next_tile;
     int held = -1;
     int ready = 0;  // whether the next weights are known to be there
+    int last_step;  // of split floats: after which step of a slab the job's products are under way, -1 for none
     unsigned turn = 0;
 
     __device__ void give_back() {
@@ -319,9 +332,8 @@ struct WarpgroupGather {
     }
   };
 
-  // What the products of the next two taps begin with, across the phases of a pass: their slots of the ring,
-  // descriptors of their weights and pixels, and the displacements of the two taps after these, which take long to look
-  // up.
+  // What the products of the next taps begin with, across the phases of a pass: their slots of the ring, descriptors of
+  // their weights and pixels, and the displacements of as many taps after these, which take long to look up.
   struct Taps {
     Ring ring;
     uint64 stage, weights[kTapsTogether], pixels[kTapsTogether];
@@ -342,66 +354,113 @@ struct WarpgroupGather {
     __device__ uint64 of(int offset) const { return advance_descriptor(stage, offset * kSwizzledRow); }
   };
 
-  // The products of the next kTaps taps, each kSlices instructions of 32 bytes of channels.
+  // Product `index` of those that kTaps taps of kSlices instructions are: all taps by two parts, then by the next two.
+  template <int kSlices, int kTaps, bool kAdd, int kRegisters>
+  __device__ __forceinline__ static void multiply(const Taps& taps, int index, float (&sum)[kRegisters]) {
+    int tap = index / kSlices % kTaps, bytes = index % kSlices * 32, parts = index / (kTaps * kSlices);
+    int weights = bytes + (kSplit && parts == 1 ? Row::kLow : 0);
+    int pixels = bytes + (kSplit && parts == 0 ? Row::kLow : 0);
+    wgmma<Operand, kAdd>(sum, advance_descriptor(taps.weights[tap], weights),
+                         advance_descriptor(taps.pixels[tap], pixels));
+  }
+
+  // Looks up what tap `i` of those after the next kTaps begins with, whose weights are in `slot`. Returns whether these
+  // are there.
+  template <int kTaps>
+  __device__ __forceinline__ static bool look_up(const WarpgroupParams& p, Memory& memory, const Taps& taps, int i,
+                                                 const Ring& slot, Taps& next) {
+    constexpr int kKnown = kTapsTogether - kTaps;
+    if (i == 0) {
+      next.step += kTaps;
+      next.ring = slot;
+    }
+    bool found = mbarrier_test(memory.weight_full[slot.slot], slot.parity);
+    next.weights[i] = computed_descriptor(matrix_descriptor(memory.weights(p, slot.slot)));
+    next.pixels[i] = i < kKnown ? taps.pixels[i + kTaps] : computed_descriptor(taps.of(taps.offsets[i - kKnown]));
+    next.offsets[i] = i < kKnown ? taps.offsets[i + kTaps] : p.offset[taps.step + kTaps + kTapsTogether + i];
+    return found;
+  }
+
+  // Of split floats, the sums of two taps.
+  struct Run {
+    float sum[kSplit ? kPixels / 2 : 1];
+  };
+
+  // The products of the next kTaps taps, each kSlices instructions of 32 bytes of channels, or three times as many.
   //
   // An instruction waits until the tensor cores take it, and they have room for no more than one or two. So what comes
   // after the last product of these taps and before the first one of the next is time in which they run dry: no more
   // than a few instructions, and only once for two taps. What the next taps need is looked up between the products of
-  // these, without a branch (the assembler closes a group of products at the end of a basic block by itself, and
-  // waiting for a number of groups would count it). The taps' slots are given back when the next ones' products have
-  // been issued.
-  template <int kSlices, int kTaps, int kRegisters>
+  // these, a tap after each of the first products, without a branch (the assembler closes a group of products at the
+  // end of a basic block by itself, and waiting for a number of groups would count it). The taps' slots are given back
+  // when the next ones' products have been issued; those of split floats, whose sums are waited for, at once.
+  template <int kSlices, int kTaps>
   __device__ __forceinline__ static void multiply_taps(const WarpgroupParams& p, Reader& reader, Taps& taps,
-                                                       float (&sum)[kRegisters]) {
+                                                       float (&total)[kPixels / 2], Run& run, int consumer) {
     Memory& memory = reader.memory;
-    Ring last = taps.ring;
-    if (kTaps == 2) last.advance(p.weight_stages);
     if (!reader.ready) {
-      mbarrier_wait(memory.weight_full[taps.ring.slot], taps.ring.parity);
-      if (kTaps == 2) mbarrier_wait(memory.weight_full[last.slot], last.parity);
+      Ring slot = taps.ring;
+#pragma unroll
+      for (int i = 0; i < kTaps; ++i, slot.advance(p.weight_stages))
+        mbarrier_wait(memory.weight_full[slot.slot], slot.parity);
     }
-    wgmma_fence();
-    wgmma<Operand>(sum, taps.weights[0], taps.pixels[0]);
-    int slot = reader.lane == 0 ? taps.ring.slot : last.slot, held = reader.lane < kTaps ? kMaxStages + slot : -1;
+    int slot_of_lane = taps.ring.slot + reader.lane;
+    slot_of_lane -= slot_of_lane < p.weight_stages ? 0 : p.weight_stages;
+    int held = reader.lane < kTaps ? kMaxStages + slot_of_lane : -1;
     Taps next = taps;
-    next.step += kTaps;
-    next.ring = last;
-    next.ring.advance(p.weight_stages);
-    last = next.ring;
-    last.advance(p.weight_stages);
-    // The second one may be of another phase or job, and late: then the next taps look again.
-    reader.ready = mbarrier_test(memory.weight_full[next.ring.slot], next.ring.parity) &
-                   mbarrier_test(memory.weight_full[last.slot], last.parity);
-    next.weights[0] = computed_descriptor(matrix_descriptor(memory.weights(p, next.ring.slot)));
-    next.weights[1] = computed_descriptor(matrix_descriptor(memory.weights(p, last.slot)));
+    Ring slot = taps.ring;
+    bool found[kTapsTogether];
+    wgmma_fence();
+    constexpr int kCount = kTaps * kSlices * kProducts, kGaps = kCount < kTapsTogether ? kCount : kTapsTogether;
 #pragma unroll
-    for (int i = 0; i < kTapsTogether; ++i) {
-      constexpr int kKnown = kTapsTogether - kTaps;  // of the next taps
-      next.pixels[i] = i < kKnown ? taps.pixels[i + kTaps] : computed_descriptor(taps.of(taps.offsets[i - kKnown]));
-      next.offsets[i] = i < kKnown ? taps.offsets[i + kTaps] : p.offset[next.step + kTapsTogether + i];
+    for (int product = 0; product < kCount; ++product) {
+      if constexpr (!kSplit)
+        multiply<kSlices, kTaps, true>(taps, product, total);
+      else if (product == 0)
+        multiply<kSlices, kTaps, false>(taps, product, run.sum);
+      else
+        multiply<kSlices, kTaps, true>(taps, product, run.sum);
+#pragma unroll
+      for (int i = 0; i < kTapsTogether; ++i) {
+        if (i * kGaps / kTapsTogether != product) continue;
+#pragma unroll
+        for (int skipped = 0; skipped < (i == 0 ? kTaps : 1); ++skipped) slot.advance(p.weight_stages);
+        found[i] = look_up<kTaps>(p, memory, taps, i, slot, next);
+      }
     }
-#pragma unroll
-    for (int k = 1; k < kTaps * kSlices; ++k)
-      wgmma<Operand>(sum, advance_descriptor(taps.weights[k / kSlices], k % kSlices * 32),
-                     advance_descriptor(taps.pixels[k / kSlices], k % kSlices * 32));
     wgmma_commit();
-    wgmma_wait<1>();
-    reader.give_back();
-    reader.held = held;
+    // The second one may be of another phase or job, and late: then the next taps look again.
+    reader.ready = 1;
+#pragma unroll
+    for (int i = 0; i < kTapsTogether; ++i) reader.ready &= found[i];
     taps = next;
+    if constexpr (kSplit) {
+      if (taps.step == reader.last_step) reader.pass_turn(consumer);
+      wgmma_wait<0>();
+      pin(run.sum);
+      if (held >= 0) mbarrier_arrive(memory.empty[held]);
+#pragma unroll
+      for (int i = 0; i < kPixels / 2; ++i) total[i] += run.sum[i];
+    } else {
+      wgmma_wait<1>();
+      reader.give_back();
+      reader.held = held;
+    }
   }
 
   // The products of one slab for all phases of a pass.
   template <int kSlices>
   __device__ __forceinline__ static void multiply_slab(const WarpgroupParams& p, Reader& reader,
-                                                       float (&sum)[kPhases][kPixels / 2], uint64 stage, int pass) {
-    Taps taps(p, reader, stage, p.first_step[pass * kPhases]);
+                                                       float (&sum)[kPhases][kPixels / 2], Run& run, uint64 stage,
+                                                       const Job& job) {
+    Taps taps(p, reader, stage, p.first_step[job.pass * kPhases]);
 #pragma unroll
     for (int i = 0; i < kPhases; ++i) {
-      int end = uniform(p.first_step[pass * kPhases + i + 1]);
+      int end = uniform(p.first_step[job.pass * kPhases + i + 1]);
 #pragma unroll 1
-      while (taps.step + kTapsTogether <= end) multiply_taps<kSlices, kTapsTogether>(p, reader, taps, sum[i]);
-      if (taps.step < end) multiply_taps<kSlices, 1>(p, reader, taps, sum[i]);
+      while (taps.step + kTapsTogether <= end)
+        multiply_taps<kSlices, kTapsTogether>(p, reader, taps, sum[i], run, job.consumer);
+      if (taps.step < end) multiply_taps<kSlices, 1>(p, reader, taps, sum[i], run, job.consumer);
     }
     reader.weights = taps.ring;
   }
@@ -413,33 +472,36 @@ struct WarpgroupGather {
                                                     bool give_stages_back) {
     Memory& memory = reader.memory;
     Ring stages = reader.tile;
-    bool has_steps = p.first_step[job.pass * kPhases] < p.first_step[(job.pass + 1) * kPhases];
+    int end = p.first_step[(job.pass + 1) * kPhases];
+    bool has_steps = p.first_step[job.pass * kPhases] < end;
     reader.ready = 0;
+    Run run = {};
     // Only where the slot's round before cannot be the other consumer's, whose end this wait would take for its own.
     if (p.stages > p.slabs) mbarrier_wait(memory.stage_full[stages.slot], stages.parity);
     reader.wait_turn(job.consumer);
     for (int slab = 0; slab < p.slabs; ++slab) {
       // Through a shuffle, so that the compiler knows that the warp agrees: it would wait for every product otherwise.
-      int slices = __shfl_sync(kFullMask, slab == p.slabs - 1 ? p.last_slices : 4, 0);
+      int slices = __shfl_sync(kFullMask, slab == p.slabs - 1 ? p.last_slices : kSlabSlices, 0);
       mbarrier_wait(memory.stage_full[stages.slot], stages.parity);
+      reader.last_step = uniform(slab == p.slabs - 1 ? end : -1);
       uint64 pixels = matrix_descriptor(memory.stage(p, stages.slot));
-      if (slices == 4)
-        multiply_slab<4>(p, reader, sum, pixels, job.pass);
-      else if (slices == 3)
-        multiply_slab<3>(p, reader, sum, pixels, job.pass);
-      else if (slices == 2)
-        multiply_slab<2>(p, reader, sum, pixels, job.pass);
+      if (slices == kSlabSlices)
+        multiply_slab<kSlabSlices>(p, reader, sum, run, pixels, job);
+      else if (kSlabSlices > 2 && slices == 3)
+        multiply_slab<3>(p, reader, sum, run, pixels, job);
+      else if (kSlabSlices > 2 && slices == 2)
+        multiply_slab<2>(p, reader, sum, run, pixels, job);
       else
-        multiply_slab<1>(p, reader, sum, pixels, job.pass);
+        multiply_slab<1>(p, reader, sum, run, pixels, job);
       if (give_stages_back && reader.lane == kTapsTogether) {  // those before it have the weights
-        if (has_steps)
+        if (has_steps && !kSplit)
           reader.held = stages.slot;
         else
           mbarrier_arrive(memory.empty[stages.slot]);
       }
       stages.advance(p.stages);
     }
-    reader.pass_turn(job.consumer);
+    if (!kSplit || !has_steps) reader.pass_turn(job.consumer);
     wgmma_wait<0>();
     reader.give_back();
     reader.held = -1;

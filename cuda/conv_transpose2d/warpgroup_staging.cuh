@@ -68,12 +68,14 @@ struct PixelWalk : StagedPixels {
   }
 };
 
-// A lane takes the channels of its pixel 32 at a time, in two groups of 16: it loads a group, rounds it and stores 16
-// bytes at once. While one group is stored the other one is under way, and then the same group of the next 32 channels
-// or pixels, which may belong to the next slab or tile.
-template <class T, class Slabs>
+// A lane takes the channels of its pixel 32 at a time (split floats: 16), in two groups: it loads a group, rounds it
+// and stores 16 bytes at once. While one group is stored the other one is under way, and then the same group of the
+// next channels or pixels, which may belong to the next slab or tile.
+template <class T, bool kSplit, class Slabs>
 struct SinglePixels {
-  static constexpr int kUnit = 16 / sizeof(T), kGroup = 16, kGroupUnits = kGroup / kUnit, kTurnUnits = 2 * kGroupUnits;
+  using Row = OperandRow<T, kSplit>;
+  static constexpr int kUnit = Row::kUnitValues, kGroup = kSplit ? 8 : 16;
+  static constexpr int kGroupUnits = kGroup / kUnit, kTurnUnits = 2 * kGroupUnits;
 
   Slabs slabs;  // of what is loaded next
   PixelWalk walk;
@@ -81,7 +83,7 @@ struct SinglePixels {
   const char* source;  // its first channel, of this lane's pixel
   int64 channel_step;  // bytes
   bool inside;
-  T group[2][kGroup];
+  T group[2][kGroupUnits][kUnit];
 
   __device__ SinglePixels(const WarpgroupParams& p, int warp, int warps)
       : slabs(p),
@@ -114,8 +116,8 @@ struct SinglePixels {
     locate();
   }
 
-  // Group `which` of the two, of the 32 channels that are next.
-  __device__ void load(T (&values)[kGroup], int which) {
+  // Group `which` of the two, of the channels that are next.
+  __device__ void load(T (&values)[kGroupUnits][kUnit], int which) {
     int left = slabs.channels() - unit * kUnit - which * kGroup;
     if (left >= kGroup)
       load<true>(values, left);
@@ -123,10 +125,11 @@ struct SinglePixels {
       load<false>(values, left);
   }
   template <bool kWhole>
-  __device__ void load(T (&values)[kGroup], int left) {
+  __device__ void load(T (&values)[kGroupUnits][kUnit], int left) {
 #pragma unroll
     for (int c = 0; c < kGroup; ++c) {
-      values[c] = inside && (kWhole || c < left) ? *reinterpret_cast<const T*>(source) : T{};
+      bool exists = inside && (kWhole || c < left);
+      values[c / kUnit][c % kUnit] = exists ? *reinterpret_cast<const T*>(source) : T{};
       source += opaque(channel_step);  // a sum, not a product
     }
   }
@@ -148,9 +151,9 @@ struct SinglePixels {
     }
   }
 
-  __device__ static void store(const T (&values)[kGroup], unsigned char* to, int place, int first) {
+  __device__ static void store(const T (&values)[kGroupUnits][kUnit], unsigned char* to, int place, int first) {
 #pragma unroll
-    for (int u = 0; u < kGroupUnits; ++u) unit_at(to, place, first + u) = operand_unit(&values[u * kUnit]);
+    for (int u = 0; u < kGroupUnits; ++u) Row::store(to, place, first + u, values[u]);
   }
 };
 

@@ -44,6 +44,32 @@ __device__ inline unsigned tf32_operand(float value) {
 #endif
 }
 
+// A float as the sum of two TF32 numbers, 22 bits of it: `high` is the number rounded, `low` what is left, rounded too.
+// The product of two numbers is then high * high + high * low + low * high but for a part in 2^22. TF32 has no smaller
+// numbers than float, but fewer of them below 2^-126: parts of less than 2^-137 are lost.
+//
+// An infinity, or NaN, is all in `low`: in `high`, it would meet a low part that is zero and become NaN. Numbers that
+// would be rounded to infinity are cut.
+template <int kCount>
+__device__ inline void split_tf32(const float (&values)[kCount], unsigned (&high)[kCount], unsigned (&low)[kCount]) {
+  const float infinity = __uint_as_float(0x7f800000u);
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    high[i] = tf32_round(values[i]);
+    low[i] = tf32_round(values[i] - __uint_as_float(high[i]));
+    finite &= fabsf(__uint_as_float(high[i])) < infinity;
+  }
+  if (finite) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (fabsf(__uint_as_float(high[i])) < infinity) continue;
+    bool is_number = fabsf(values[i]) < infinity;
+    high[i] = is_number ? __float_as_uint(values[i]) & 0xffffe000u : 0;
+    low[i] = is_number ? __float_as_uint(values[i] - __uint_as_float(high[i])) & 0xffffe000u : tf32_round(values[i]);
+  }
+}
+
 #if RAWKERN_GPU
 template <class Operand>
 __device__ inline void mma_16x8(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);

@@ -4,7 +4,7 @@
 // What the engine has to know of the tensor is in a TensorMap. A warp makes it from a TensorParams, which the host
 // fills in, and puts it into global memory; a kernel launched later calls acquire_tensor_map() before it copies. So no
 // call of the driver's is needed, and the map is made anew with every launch. (PTX ISA, "tensormap.replace"; a map may
-// be begun from zeros.) Float is rounded to TF32 on its way, to nearest, ties to even.
+// be begun from zeros.) Float may be rounded to TF32 on its way, to nearest, ties to even.
 //
 // Where a box begins along the first axis must be a multiple of 16 bytes from the tensor's beginning, before it or
 // after: measured on an H200, where anything else is an illegal instruction.
@@ -55,10 +55,11 @@ __device__ inline void set_tensor_axes(unsigned map, const TensorParams& p) {
   }
 }
 
-// To be called by all lanes of a warp. T: the tensor's element type, float or one of 16 bits.
-template <class T>
+// To be called by all lanes of a warp. T: the tensor's element type, float or one of 16 bits; kRound: float is rounded
+// to TF32.
+template <class T, bool kRound = true>
 __device__ inline void make_tensor_map(TensorMap* to, TensorMap& shared, const TensorParams& p) {
-  constexpr int kElement = sizeof(T) == 4 ? 11 : 1;  // TF32; 16 bits, whatever they mean
+  constexpr int kElement = sizeof(T) == 2 ? 1 : kRound ? 11 : 2;  // TF32; else 16 or 32 bits, whatever they mean
   unsigned map = shared_address(&shared);
   shared.words[threadIdx.x % kWarp] = 0;
   to->words[threadIdx.x % kWarp] = 0;  // initcheck takes the copy below for a reader of what it writes
@@ -105,11 +106,12 @@ __device__ inline void tensor_copy(void* destination, const TensorMap* map, cons
 struct TensorMap {
   TensorParams params;
   int bytes;  // of an element
+  bool round;
 };
 
-template <class T>
+template <class T, bool kRound = true>
 inline void make_tensor_map(TensorMap* to, TensorMap&, const TensorParams& p) {
-  if (threadIdx.x % kWarp == 0) *to = TensorMap{p, int(sizeof(T))};
+  if (threadIdx.x % kWarp == 0) *to = TensorMap{p, int(sizeof(T)), kRound && sizeof(T) == 4};
 }
 inline void acquire_tensor_map(const TensorMap*) {}
 
@@ -148,7 +150,7 @@ inline void tensor_copy(void* destination, const TensorMap* map, const int (&at)
     unsigned value = 0;
     for (int byte = 0; inside && byte < map->bytes; ++byte)
       value |= unsigned(static_cast<unsigned char>(from[byte])) << 8 * byte;
-    if (map->bytes == 4) value = tf32_round(__uint_as_float(value));
+    if (map->round) value = tf32_round(__uint_as_float(value));
     uintptr_t place_of = p.swizzle ? to ^ (to / 128 % 8 << 4) : to;
     for (int byte = 0; byte < map->bytes; ++byte)
       reinterpret_cast<unsigned char*>(place_of)[byte] = static_cast<unsigned char>(value >> 8 * byte);

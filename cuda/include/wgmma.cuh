@@ -32,19 +32,40 @@ __device__ inline Unit& unit_at(unsigned char* buffer, int row, int unit) {
   return *reinterpret_cast<Unit*>(buffer + swizzled(row, unit));
 }
 // A unit of an operand: four values, which are rounded, or eight of a 16-bit type.
-__device__ inline Unit operand_unit(const float* values) {
+__device__ inline Unit operand_unit(const float (&values)[4]) {
   Unit unit;
 #pragma unroll
   for (int i = 0; i < 4; ++i) unit.words[i] = tf32_operand(values[i]);
   return unit;
 }
 template <class T>
-__device__ inline Unit operand_unit(const T* values) {
+__device__ inline Unit operand_unit(const T (&values)[8]) {
   Unit unit;
 #pragma unroll
   for (int i = 0; i < 4; ++i) unit.words[i] = unsigned(values[2 * i].bits) | unsigned(values[2 * i + 1].bits) << 16;
   return unit;
 }
+
+// What one row of 128 bytes of an operand holds of values of type T: kChannels of them, in kUnits units. kSplit: floats
+// in two parts (split_tf32), the low ones kLow bytes after the high ones.
+template <class T, bool kSplit>
+struct OperandRow {
+  static_assert(!kSplit || sizeof(T) == 4, "16-bit values are not split");
+  static constexpr int kUnits = kSwizzledRow / 16 / (kSplit ? 2 : 1), kUnitValues = 16 / sizeof(T);
+  static constexpr int kChannels = kUnits * kUnitValues, kLow = kSwizzledRow / 2;
+
+  // Stores the values of unit `unit` of row `row`.
+  __device__ static void store(unsigned char* buffer, int row, int unit, const T (&values)[kUnitValues]) {
+    if constexpr (kSplit) {
+      Unit high, low;
+      split_tf32(values, high.words, low.words);
+      unit_at(buffer, row, unit) = high;
+      unit_at(buffer, row, unit + kUnits) = low;
+    } else {
+      unit_at(buffer, row, unit) = operand_unit(values);
+    }
+  }
+};
 
 #if RAWKERN_GPU
 
@@ -108,27 +129,28 @@ struct Wgmma;
 #define RAWKERN_LIST_128 RAWKERN_LIST_96 ", " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define RAWKERN_WGMMA(Operand, columns, registers, a, b, types, transposes) \
+#define RAWKERN_WGMMA(Operand, columns, registers, a, b, add, types, transposes) \
   template <> \
   struct Wgmma<Operand, columns> { \
+    template <bool kAdd> \
     __device__ static void run(float (&d)[registers], uint64 left, uint64 right) { \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; " \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; " \
                    "wgmma.mma_async.sync.aligned.m64n" #columns types " {" RAWKERN_LIST_##registers "}, " \
                    "%" #a ", %" #b ", p, 1, 1" transposes "; }" \
                    : RAWKERN_D##registers(0) \
-                   : "l"(left), "l"(right)); \
+                   : "l"(left), "l"(right), "n"(int(kAdd))); \
     } \
   };
-#define RAWKERN_WGMMAS(columns, registers, a, b) \
-  RAWKERN_WGMMA(Tf32, columns, registers, a, b, "k8.f32.tf32.tf32", "") \
-  RAWKERN_WGMMA(Half, columns, registers, a, b, "k16.f32.f16.f16", ", 0, 0") \
-  RAWKERN_WGMMA(BFloat16, columns, registers, a, b, "k16.f32.bf16.bf16", ", 0, 0")
-RAWKERN_WGMMAS(48, 24, 24, 25)
-RAWKERN_WGMMAS(64, 32, 32, 33)
-RAWKERN_WGMMAS(96, 48, 48, 49)
-RAWKERN_WGMMAS(128, 64, 64, 65)
-RAWKERN_WGMMAS(192, 96, 96, 97)
-RAWKERN_WGMMAS(256, 128, 128, 129)
+#define RAWKERN_WGMMAS(columns, registers, a, b, add) \
+  RAWKERN_WGMMA(Tf32, columns, registers, a, b, add, "k8.f32.tf32.tf32", "") \
+  RAWKERN_WGMMA(Half, columns, registers, a, b, add, "k16.f32.f16.f16", ", 0, 0") \
+  RAWKERN_WGMMA(BFloat16, columns, registers, a, b, add, "k16.f32.bf16.bf16", ", 0, 0")
+RAWKERN_WGMMAS(48, 24, 24, 25, 26)
+RAWKERN_WGMMAS(64, 32, 32, 33, 34)
+RAWKERN_WGMMAS(96, 48, 48, 49, 50)
+RAWKERN_WGMMAS(128, 64, 64, 65, 66)
+RAWKERN_WGMMAS(192, 96, 96, 97, 98)
+RAWKERN_WGMMAS(256, 128, 128, 129, 130)
 #undef RAWKERN_WGMMAS
 #undef RAWKERN_WGMMA
 #undef RAWKERN_LIST_24
@@ -146,9 +168,10 @@ RAWKERN_WGMMAS(256, 128, 128, 129)
 #undef RAWKERN_D128
 // clang-format on
 
-template <class Operand, int kRegisters>
+// Without kAdd, D = A B.
+template <class Operand, bool kAdd = true, int kRegisters>
 __device__ inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right) {
-  Wgmma<Operand, 2 * kRegisters>::run(d, left, right);
+  Wgmma<Operand, 2 * kRegisters>::template run<kAdd>(d, left, right);
 }
 
 #else
@@ -180,7 +203,7 @@ inline void read_row(float (&values)[8 * WordValues<Operand>::kCount], uint64 st
 }
 
 // The last lane of a warp to arrive computes the warp's 16 rows, into all lanes' registers.
-template <class Operand, int kRegisters>
+template <class Operand, bool kAdd, int kRegisters>
 inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right, Place place) {
   constexpr int kDepth = 8 * WordValues<Operand>::kCount, kColumns = 2 * kRegisters;
   Warp& warp = this_warp();
@@ -202,7 +225,8 @@ inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right, Place place
       for (int n = 0; n < kColumns; ++n) {
         float* to;
         memcpy(&to, slots[row % 8 * 4 + n % 8 / 2], sizeof to);
-        to[n / 8 * 4 + row / 8 * 2 + n % 2] += sum[n];
+        float& value = to[n / 8 * 4 + row / 8 * 2 + n % 2];
+        value = (kAdd ? value : 0) + sum[n];
       }
     }
   });
@@ -210,9 +234,9 @@ inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right, Place place
 
 }  // namespace emulator
 
-template <class Operand, int kRegisters>
+template <class Operand, bool kAdd = true, int kRegisters>
 inline void wgmma(float (&d)[kRegisters], uint64 left, uint64 right) {
-  emulator::wgmma<Operand>(d, left, right, RAWKERN_PLACE);
+  emulator::wgmma<Operand, kAdd>(d, left, right, RAWKERN_PLACE);
 }
 
 #endif

@@ -45,8 +45,9 @@ def conv_transpose2d(
         bias: (C_out,) or None.
         epilogue: functions of `rawkern.epilogue`, applied in order to the result; tensors among their operands must
             broadcast per channel and are differentiable.
-        precision: how float32 values are multiplied: "ieee", "tf32", or None for what torch allows its own
-            convolutions on the tensor's device.
+        precision: how float32 values are multiplied: "ieee", with the accuracy of float32 multiply-adds (the README's
+            section on precision has the corners), "tf32", or None for what torch allows its own convolutions on the
+            tensor's device.
 
     Returns:
         (N, C_out, H_out, W_out), channels-last if the input is. Under autocast the convolution runs in autocast's

@@ -173,8 +173,8 @@ def _plan(
 
     1. conv_transpose2d_direct, plain multiply-adds: few channels per group, of which a tensor core's tile would be
        mostly padding.
-    2. conv_transpose2d_warpgroup, Hopper's products of whole warpgroups: 16-bit types, and float32 in TF32, where the
-       costs that both families estimate say that it is faster than
+    2. conv_transpose2d_warpgroup, Hopper's products of whole warpgroups: 16-bit types, and float32 in TF32 or split in
+       two, where the costs that both families estimate say that it is faster than
     3. gather.cuh, products of warps or plain multiply-adds: everything, on every GPU.
 
     Args:

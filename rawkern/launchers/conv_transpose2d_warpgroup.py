@@ -109,13 +109,16 @@ class Shape:
             ending += _CONSUMER_WARPS * self.phases * self.pixels * 2
         return (_SHARED_BYTES - ending - _BARRIER_BYTES) // 1024 * 1024
 
-    def type(self, dtype, channel_min):
-        return f"{cpp_type(dtype)}, {self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
+    def type(self, dtype, split, channel_min):
+        sizes = f"{self.phases}, {self.pixels}, {self.pool_bytes(channel_min)}"
+        return f"{cpp_type(dtype)}, {str(split).lower()}, {sizes}"
 
 
 #: What there is. Neighbouring phases are computed together, so that rows of the output are stored whole; few pixels
 #: want short jobs.
 SHAPES = (Shape(1, 256), Shape(1, 128), Shape(1, 64), Shape(2, 128), Shape(4, 64))
+#: With split operands, which have totals in registers, too.
+SPLIT_SHAPES = (Shape(1, 128), Shape(1, 64), Shape(2, 64))
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Plan:
     transposed: bool
     channel_min: bool
     dtype: np.dtype
+    split: bool  # float32 in two parts
     staging: int
     tiles: int
     blocks: int
@@ -176,6 +180,11 @@ class Plan:
     fields: dict  # of PARAMS, but for what a call brings
     pack_fields: dict  # of PACK
     packed_bytes: int
+
+    @property
+    def slab(self):
+        """Channels."""
+        return _slab(self.dtype, self.split)
 
     @property
     def slots(self):
@@ -189,7 +198,7 @@ def plan(
 ):
     """The plan for a geometry, or None where this family of kernels does not serve.
 
-    It serves sm_90a, 16-bit types, and float32 in TF32, unless a tap reaches so far that no tile fits in shared memory.
+    It serves sm_90a, 16-bit types, and float32, unless a tap reaches so far that no tile fits in shared memory.
 
     Args:
         transposed: the transposed convolution; else its input gradient.
@@ -197,9 +206,9 @@ def plan(
         channel_min: whether a block must see all channels of its pixels.
         per_image: whether tiles must not straddle images.
     """
-    tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and check_precision(precision) == "tf32")
-    if arch != "sm_90a" or not tensor_core or geometry.batch == 0:
+    if arch != "sm_90a" or dtype not in DTYPES or geometry.batch == 0:
         return None
+    split = dtype == np.float32 and check_precision(precision) == "ieee"
     depth, rows = geometry.depth_and_rows(transposed)
     sizes = list(zip(geometry.input_size, geometry.output_size, strict=True))
     if not transposed:
@@ -207,10 +216,10 @@ def plan(
     height, width = zip(sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     align = 16 // dtype.itemsize if staging == ROWS else 1  # of the pixels at which boxes begin
     axes = Axis.of(*height[0], *height[1:], transposed, 1), Axis.of(*width[0], *width[1:], transposed, align)
-    work = _Work(geometry, dtype, depth, rows, axes, align, staging, multiprocessors, channel_min, per_image)
+    work = _Work(geometry, dtype, split, depth, rows, axes, align, staging, multiprocessors, channel_min, per_image)
     if work.steps > _MAX_STEPS or work.phases > _MAX_PHASES:
         return None
-    tiles = [tile for shape in SHAPES for tile in work.tiles_of(shape)]
+    tiles = [tile for shape in (SPLIT_SHAPES if split else SHAPES) for tile in work.tiles_of(shape)]
     if not tiles and staging != PIXELS:
         return plan(
             geometry, dtype, precision, arch, multiprocessors,
@@ -248,6 +257,7 @@ class _Work:
 
     geometry: object
     dtype: np.dtype
+    split: bool
     depth: int
     rows: int
     axes: tuple
@@ -281,7 +291,7 @@ class _Work:
 
     @property
     def slab(self):
-        return _ROW_BYTES // self.dtype.itemsize
+        return _slab(self.dtype, self.split)
 
     @property
     def slabs(self):
@@ -321,7 +331,7 @@ class _Work:
         planes, staged_rows = height.in_step * width.in_step, rows + height.halo
         # The last columns of a job may reach beyond the stage; they are dropped, whatever is there.
         stage_pixels = _round_up(planes * staged_rows * pitch, 8)
-        if self.staging == CHANNELS and (pitch * width.in_step > MAX_BOX or width.in_step > MAX_STEP):
+        if self.is_staged_by_engine and (pitch * width.in_step > MAX_BOX or width.in_step > MAX_STEP):
             return
         rings = self._rings(shape, stage_pixels * _ROW_BYTES)
         if rings is None or stage_pixels > 32767:
@@ -350,13 +360,18 @@ class _Work:
         return [parts for parts in range(1, most + 1) if most % parts == 0]
 
     @property
+    def is_staged_by_engine(self):
+        """Whether the copy engine brings the input straight to where it is multiplied from."""
+        return self.staging == CHANNELS and not self.split
+
+    @property
     def box_bytes(self):
         """Of a box: of all channels of a slab, or, if rows are aligned, of those that there are."""
-        if self.staging not in (ROWS, FLAT):
+        if self.staging == PIXELS or self.is_staged_by_engine:
             return 0
         some = self.staging == ROWS and self.slabs == 1
         channels = self.last_slices * 32 // self.dtype.itemsize if some else self.slab
-        return _box_pixels(self.staging, self.dtype) * channels * self.dtype.itemsize
+        return _box_pixels(self.staging, self.dtype, self.split) * channels * self.dtype.itemsize
 
     def _rings(self, shape, stage_bytes):
         """How many buffers the rings of staged input, of weights and of boxes have; None if a tile does not fit.
@@ -393,21 +408,24 @@ class _Work:
         return self.geometry.groups if self.channel_min else 1
 
     def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
-        """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200.
+        """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200,
+        and of 249 with split operands.
 
         The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 250 pass between those of
-        two taps and of the next two; a copy of weights is 1860 cycles under way; an epilogue takes some 38 for each
-        column (51 in float, 15 where only the minimum is kept), more where phases that are neighbours in memory are
-        computed apart, and two consumers share it. Memory is read and written in sectors of 32 bytes, which short rows
-        waste. All these are in each other's way, the more so the closer they are.
+        two taps and of the next two, 300 where sums are added to totals in between; a copy of weights is 1860 cycles
+        under way; an epilogue takes some 38 for each column (51 in float, 15 where only the minimum is kept), more
+        where phases that are neighbours in memory are computed apart, and two consumers share it. Memory is read and
+        written in sectors of 32 bytes, which short rows waste. All these are in each other's way, the more so the
+        closer they are.
         """
         jobs = self._jobs(shape) // parts
         units = self.units * self.groups_per_tile / parts
-        slices = (self.slabs - 1) * 4 + self.last_slices
+        slices = (self.slabs - 1) * (self.slab * self.dtype.itemsize // 32) + self.last_slices
         steps = self.steps * units
         row_bytes = columns * self.dtype.itemsize
         gaps = self.pairs_of_taps * units * self.slabs
-        multiply = steps * slices * shape.pixels / 2 + gaps * 250 + 1220 * jobs
+        multiply = steps * slices * shape.pixels / 2 * (3 if self.split else 1)
+        multiply += gaps * (300 if self.split else 250) + 1220 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 540)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
@@ -426,16 +444,17 @@ class _Work:
     def _staging_cycles(self, pitch, rows):
         """Of a stager warp, for its share of a slab: of boxes or batches of 32 pixels, or rows of whole pixels."""
         height, width = self.axes
-        wide = self.dtype.itemsize == 4
-        if self.staging == CHANNELS:
+        if self.is_staged_by_engine:
             return rows * width.in_step / _STAGERS * 190
+        wide = self.dtype.itemsize == 4
+        pixels, flat, box = (1640, 1325, 1000) if wide else (2400, 2010, 1000)
+        if self.split:
+            pixels, flat, box = 1235, 1150, 860
         more = 315 if height.in_step * width.in_step > 1 else 0
         if self.staging == PIXELS:
-            return -(-pitch * rows // (_STAGERS * 32)) * ((1640 if wide else 2400) + more)
+            return -(-pitch * rows // (_STAGERS * 32)) * (pixels + more)
         boxes = -(-pitch * width.in_step // _SEGMENT) * rows / width.in_step / _STAGERS
-        if self.staging == ROWS:
-            return boxes * (1000 + more)
-        return boxes * ((1325 if wide else 2010) + more)
+        return boxes * ((flat if self.staging == FLAT else box) + more)
 
     def plan(self, tile, transposed):
         height, width = self.axes
@@ -489,7 +508,7 @@ class _Work:
         tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
         packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _WEIGHT_BYTES
         pack_fields = dict(
-            count=packed_bytes // 16,
+            count=packed_bytes // (32 if self.split else 16),
             depth=self.depth,
             rows=self.rows,
             units_per_group=self.units,
@@ -504,6 +523,7 @@ class _Work:
             transposed=transposed,
             channel_min=self.channel_min,
             dtype=self.dtype,
+            split=self.split,
             staging=self.staging,
             tiles=tiles,
             cost=tile.cost,
@@ -515,9 +535,15 @@ class _Work:
         )
 
 
-def _box_pixels(staging, dtype):
+def _slab(dtype, split):
+    """The channels of a slab."""
+    return _ROW_BYTES // dtype.itemsize // (2 if split else 1)
+
+
+def _box_pixels(staging, dtype, split):
     """Of a box, from one channel to the next."""
-    return _SEGMENT + (16 // dtype.itemsize if staging == FLAT or dtype.itemsize == 2 else 0)
+    more = 16 // dtype.itemsize * (2 if split else 1)
+    return _SEGMENT + (more if staging == FLAT or dtype.itemsize == 2 else 0)
 
 
 def _round_up(value, multiple):
@@ -540,43 +566,44 @@ def _kernel(name, type, ending):
 
 
 def store(plan, chain):
-    return _store(plan.shape, plan.dtype, plan.transposed, chain.cpp, chain.params)
+    return _store(plan.shape, plan.dtype, plan.split, plan.transposed, chain.cpp, chain.params)
 
 
 @functools.cache
-def _store(shape, dtype, transposed, cpp, chain_params):
+def _store(shape, dtype, split, transposed, cpp, chain_params):
     ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", chain_params))
     name = "conv_transpose2d" if transposed else "conv_transpose2d_input_gradient"
-    return _kernel(name, f"WarpgroupForward<{shape.type(dtype, False)}, {cpp}>", ending)
+    return _kernel(name, f"WarpgroupForward<{shape.type(dtype, split, False)}, {cpp}>", ending)
 
 
 def moments(plan, chain):
-    return _moments(plan.shape, plan.dtype, chain.cpp, chain.params)
+    return _moments(plan.shape, plan.dtype, plan.split, chain.cpp, chain.params)
 
 
 @functools.cache
-def _moments(shape, dtype, cpp, chain_params):
+def _moments(shape, dtype, split, cpp, chain_params):
     ending = runtime.params(
         ("output", "u8"), ("bias", "u8"), ("moments", "u8"), ("slots", "i8"), ("chain", chain_params)
     )
-    type = f"WarpgroupForwardWithMoments<{shape.type(dtype, False)}, {cpp}>"
+    type = f"WarpgroupForwardWithMoments<{shape.type(dtype, split, False)}, {cpp}>"
     return _kernel("conv_transpose2d_with_moments", type, ending)
 
 
 def channel_min(plan):
-    return _channel_min(plan.shape, plan.dtype)
+    return _channel_min(plan.shape, plan.dtype, plan.split)
 
 
 @functools.cache
-def _channel_min(shape, dtype):
+def _channel_min(shape, dtype, split):
     ending = runtime.params(("values", "u8"), ("index", "u8"), ("bias", "u8"))
-    type = f"WarpgroupForwardChannelMin<{shape.type(dtype, True)}>"
+    type = f"WarpgroupForwardChannelMin<{shape.type(dtype, split, True)}>"
     return _kernel("conv_transpose2d_channel_min", type, ending)
 
 
 @functools.cache
-def pack(dtype):
-    file, type = "conv_transpose2d/warpgroup_pack_weight.cu", f"WarpgroupPackWeight<{cpp_type(dtype)}>"
+def pack(dtype, split):
+    file = "conv_transpose2d/warpgroup_pack_weight.cu"
+    type = f"WarpgroupPackWeight<{cpp_type(dtype)}, {str(split).lower()}>"
     return Kernel("conv_transpose2d_pack_weight", file, type, 256, PACK)
 
 
@@ -675,7 +702,7 @@ def _pack(queue, plan, weight, gathered):
     packed = queue.empty((plan.packed_bytes + MAP_BYTES,), np.dtype("uint8"))
     map = 0 if plan.staging == PIXELS else runtime.pointer(packed) + plan.packed_bytes
     depth_axis = 0 if plan.transposed else 1
-    pack(plan.dtype).launch(
+    pack(plan.dtype, plan.split).launch(
         queue,
         -(-plan.pack_fields["count"] // 256),
         weight=runtime.pointer(weight),
@@ -696,11 +723,13 @@ def _tensor(plan, gathered):
     if plan.staging == PIXELS:
         return NO_TENSOR
     fields, pointer, channels = plan.fields, runtime.pointer(gathered), plan.fields["depth"]
-    slab, align = _ROW_BYTES // gathered.itemsize, 16 // gathered.itemsize
+    slab, align = plan.slab, 16 // gathered.itemsize
+    if plan.staging == CHANNELS and plan.split:
+        return tensor_fields(pointer, *_channels(gathered, channels), (slab, 1, _SEGMENT, 1, 1), (1,) * 5, False)
     if plan.staging == CHANNELS:
         box, step = (slab, 1, fields["span"], 1, 1), (1, 1, fields["in_step"][1], 1, 1)
         return tensor_fields(pointer, *_channels(gathered, channels), box, step, True)
-    pixels = _box_pixels(plan.staging, plan.dtype)
+    pixels = _box_pixels(plan.staging, plan.dtype, plan.split)
     if plan.staging == FLAT:
         return tensor_fields(pointer, *_flat(gathered, channels), (pixels, slab // align, 1, 1, 1), (1,) * 5, False)
     box = pixels, 1, fields["box_bytes"] // (pixels * gathered.itemsize), 1, 1
@@ -713,10 +742,11 @@ def kernels():
 
     chains = [IDENTITY, chain_of((epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)))]
     gelu = chain_of((epilogue.GELU(),))
-    for dtype in DTYPES:
-        for shape in SHAPES:
+    whole = [(dtype, False, SHAPES) for dtype in DTYPES]
+    for dtype, split, shapes in (*whole, (np.dtype("float32"), True, SPLIT_SHAPES)):
+        for shape in shapes:
             for chain in chains:
-                yield _store(shape, dtype, True, chain.cpp, chain.params)
-            yield _moments(shape, dtype, gelu.cpp, gelu.params)
-            yield _channel_min(shape, dtype)
-        yield pack(dtype)
+                yield _store(shape, dtype, split, True, chain.cpp, chain.params)
+            yield _moments(shape, dtype, split, gelu.cpp, gelu.params)
+            yield _channel_min(shape, dtype, split)
+        yield pack(dtype, split)

@@ -3,7 +3,7 @@
 
 namespace rawkern {
 
-template <class T>
+template <class T, bool kRound>
 struct MakeMap {
   static constexpr int kThreads = 32, kMinBlocks = 1;
   struct Params {
@@ -12,7 +12,7 @@ struct MakeMap {
   };
   __device__ static void run(const Params& p) {
     RAWKERN_SHARED(TensorMap, shared);
-    make_tensor_map<T>(static_cast<TensorMap*>(p.map), shared, p.tensor);
+    make_tensor_map<T, kRound>(static_cast<TensorMap*>(p.map), shared, p.tensor);
   }
 };
 
