@@ -3,6 +3,8 @@
 //
 //   y = (h - mean) * rstd * weight[c] + bias[c],   h = Pre(x),   mean and variance of h over the channels of a group
 //
+// Groups of up to 4096 elements are left to group_norm_held.cu, which reads them once; those twice backward are not.
+//
 // Every pass over the data is a walk along rows (team_walk.cuh): memory-bound, one read of each input, one write of
 // each output, no shared memory, nothing between threads but the final sum of a team of lanes. The passes are
 //   forward    RowMoments -> GroupStatistics -> Normalize
@@ -15,28 +17,13 @@
 // (Wide): four to six such operations per element, which memory traffic still hides.
 //
 // Written for any GPU from sm_80 on; nothing here depends on its size.
+#include "centered.cuh"
 #include "chain.cuh"
 #include "moments.cuh"
 #include "reductions.cuh"
 #include "team_walk.cuh"
 
 namespace rawkern {
-
-// The type of sums and of differences that may cancel. 16-bit results have no digits for what float loses there.
-template <class T>
-struct WideOf {
-  using type = float;
-};
-template <>
-struct WideOf<float> {
-  using type = double;
-};
-template <>
-struct WideOf<double> {
-  using type = double;
-};
-template <class T>
-using Wide = typename WideOf<T>::type;
 
 // Which group a row belongs to.
 struct Groups {
@@ -50,25 +37,6 @@ struct Groups {
     return channels_per_group * rows.spatial == 1 ? 0 * rstd : rstd;
   }
 };
-
-// Subtracts a double mean from values of type A, with no more rounding than the difference itself needs.
-template <class A>
-struct Center {
-  A high, low;
-  __device__ explicit Center(double mean) : high(A(mean)), low(A(mean - double(A(mean)))) {}
-  __device__ A operator()(A x) const { return (x - high) - low; }
-};
-template <>
-struct Center<double> {
-  double mean;
-  __device__ explicit Center(double mean) : mean(mean) {}
-  __device__ double operator()(double x) const { return x - mean; }
-};
-
-template <class T>
-__device__ inline double value_or(const void* vector, int64 i, double otherwise) {
-  return vector ? double(to_accumulator(static_cast<const T*>(vector)[i])) : otherwise;
-}
 
 // moments[row][slot] of Pre(input). In contiguous memory the launcher may pass whole groups as rows.
 //

@@ -10,7 +10,7 @@
 //               to one channel. A unit is a strip of columns, one vector per lane, over a slot of rows. For short rows.
 // Every element is visited exactly once, so a kernel may also compute something for each element on the way.
 #pragma once
-#include "element.cuh"
+#include "value_vector.cuh"
 
 namespace rawkern {
 
@@ -21,31 +21,6 @@ struct ChannelLayout {
   int64 slot_length;  // elements, or rows, of a slot
   int64 width;        // ColumnWalk: columns of the matrix
   int64 vector;       // whether elements may be read 16 bytes at a time
-};
-
-// Values that are loaded and stored as one, to compute with. Those of 16 bits stay in the 32-bit words that they are
-// loaded in until they are needed: values that the compiler takes apart where it loads them, in a branch, make it wait
-// for every load before it issues the next one.
-template <class T, int kCount, bool kPairs = sizeof(T) == 2 && kCount % 2 == 0>
-struct __align__(sizeof(T) * kCount) ValueVector {
-  using A = Accumulator<T>;
-  T value[kCount];
-
-  __device__ A get(int i) const { return to_accumulator(value[i]); }
-  __device__ void set(const A (&from)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) value[i] = from_accumulator<T>(from[i]);
-  }
-};
-template <class T, int kCount>
-struct __align__(sizeof(T) * kCount) ValueVector<T, kCount, true> {
-  Two<T> pair[kCount / 2];
-
-  __device__ float get(int i) const { return i % 2 ? pair[i / 2].second() : pair[i / 2].first(); }
-  __device__ void set(const float (&from)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) pair[i / 2] = Two<T>::from(from[i], from[i + 1]);
-  }
 };
 
 // Quotient and remainder of a running number by `divisor`, advanced by a fixed step without dividing anew.
