@@ -294,6 +294,7 @@ def sweep_conv_transpose2d_gelu_group_norm():
 def sweep_group_norm():
     """Group normalisation and its two derivatives, plain and with GELU before it."""
     shapes = ((2, 6), (3, 4, 5), (2, 6, 3, 7), (1, 8, 17, 33), (2, 4, 2, 3, 5), (1, 12, 1, 1), (5, 70, 3, 1))
+    shapes += ((70, 96), (3, 16, 8, 8), (1, 2, 70, 80))  # two with vectors, one not held in registers
     for dtype, shape, arrange in itertools.product(DTYPES, shapes, (contiguous, channels_last, strided)):
         input, grad = arrange(numbers(shape, dtype)), arrange(numbers(shape, dtype, 1))
         weight = numbers(shape[1], dtype, 2)

@@ -15,6 +15,8 @@ from rawkern.runtime import Kernel
 from rawkern.testing import assert_as_accurate_as_torch, assert_parity, forward_backward
 
 launchers = importlib.import_module("rawkern.launchers.group_norm")
+held = importlib.import_module("rawkern.launchers.group_norm_held")
+repeat = importlib.import_module("rawkern.launchers.repeat")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -247,9 +249,10 @@ def test_second_order_parity(device, dtype, shape, part):
             assert_as_accurate_as_torch(mine, torchs, exact, dtype, name=name)
 
 
-def test_two_runs_are_equal(device):
+@pytest.mark.parametrize("shape", [(3, 6, 5003), (300, 6), (9, 6, 10)], ids=str)
+def test_two_runs_are_equal(device, shape):
     def run():
-        input = drawn(3, 6, 5003).float().to(device).requires_grad_()
+        input = drawn(*shape).float().to(device).requires_grad_()
         weight, bias = (vector.float().to(device).requires_grad_() for vector in affine(6).values())
         output = rawkern.group_norm(input, 3, weight, bias)
         grads = torch.autograd.grad(output.square().sum(), (input, weight, bias), create_graph=True)
@@ -276,7 +279,7 @@ def launched(monkeypatch, action):
 
 def test_unneeded_gradients_are_not_computed(device, monkeypatch):
     def tensors(*needs):
-        values = drawn(2, 4, 6), *affine(4).values()
+        values = drawn(2, 4, 2056), *affine(4).values()  # groups too large to be held
         return [value.to(device).requires_grad_(need) for value, need in zip(values, needs, strict=True)]
 
     input, weight, bias = tensors(True, False, False)
@@ -290,6 +293,72 @@ def test_unneeded_gradients_are_not_computed(device, monkeypatch):
     names = launched(monkeypatch, output.backward)
     assert "group_norm_grad_input" not in names and "group_norm_channel_gradients" in names
     assert input.grad is None and bias.grad is None and weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [
+        ((70, 97), 1),  # half a warp a group, more images than a block takes at once
+        ((70, 8), 2),  # several groups of an image in a block
+        ((3, 33, 1, 1), 11),  # one group is left over
+        ((5, 64, 13, 11), 4),  # teams of several warps, no vectors
+        ((5, 64, 8, 8), 4),  # with vectors
+        ((2, 32, 16, 16), 2),  # as large as can be held
+        ((1, 4096), 1),
+        ((33, 2048), 1),
+    ],
+    ids=str,
+)
+def test_held_groups(device, dtype, layout, shape, num_groups):
+    if layout == torch.channels_last and len(shape) != 4:
+        pytest.skip("has no channels-last layout")
+    inputs = {"input": drawn(*shape).contiguous(memory_format=layout), "num_groups": num_groups}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs | affine(shape[1]), dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "backward"), [((9, 388), 4, 1), ((500, 97), 1, 2), ((59, 64, 13, 11), 16, 2)], ids=str
+)
+def test_held_groups_take_few_launches(device, monkeypatch, shape, num_groups, backward):
+    channels = shape[1]
+    tensors = drawn(*shape), *affine(channels).values()
+    input, weight, bias = (tensor.float().to(device).requires_grad_() for tensor in tensors)
+    outputs = []
+    assert launched(monkeypatch, lambda: outputs.append(rawkern.group_norm(input, num_groups, weight, bias))) == [
+        "group_norm_held"
+    ]
+    names = launched(monkeypatch, lambda: outputs[0].backward(torch.ones_like(outputs[0])))
+    assert names == ["group_norm_held_gradients", "group_norm_channel_gradients"][:backward]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+@pytest.mark.parametrize(("shape", "num_groups"), [((130, 97), 1), ((40, 6, 5), 3), ((9, 64, 13, 11), 4)], ids=str)
+def test_held_groups_of_several_rounds(monkeypatch, blocks, shape, num_groups):
+    """As many images one after the other as huge batches have: the same sums up to rounding."""
+    monkeypatch.setattr(held, "_BLOCKS", blocks)
+    repeat.forget_plans()
+    input, grad, weight = drawn(*shape), drawn(*shape, seed=3), drawn(shape[1], seed=1)
+    leaves = [tensor.clone().requires_grad_() for tensor in (input, weight, torch.zeros(shape[1], dtype=input.dtype))]
+    expected = torch.autograd.grad(functional.group_norm(leaves[0], num_groups, *leaves[1:]), leaves, grad)
+    mean, rstd = np.empty((shape[0], num_groups)), np.empty((shape[0], num_groups))
+    launchers.group_norm(input.numpy(), num_groups, mean=mean, rstd=rstd)
+    ours = launchers.group_norm_backward(grad.numpy(), input.numpy(), mean, rstd, weight.numpy())
+    for mine, exact in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, exact, atol=1e-11)
+    for needs in [(True, False, False), (False, True, False), (False, False, True)]:
+        some = launchers.group_norm_backward(grad.numpy(), input.numpy(), mean, rstd, weight.numpy(), needs=needs)
+        for one, all_of_them, need in zip(some, ours, needs, strict=True):
+            assert np.array_equal(one, all_of_them) if need else one is None
+    repeat.forget_plans()
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 97, 143, 1000, 4095, 4096])
+def test_division_by_a_reciprocal(divisor):
+    """That of group_norm_held.cu, for all elements of a group."""
+    elements, reciprocal = np.arange(4096 + 8, dtype=np.uint64), np.uint64(-(-(2**31) // divisor))
+    assert ((2 * elements * reciprocal >> np.uint64(32)) == elements // np.uint64(divisor)).all()
 
 
 def test_arrays():

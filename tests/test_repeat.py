@@ -46,7 +46,7 @@ CALLS = {
         lambda s: (draw(2, 6, 3, 4, seed=s), draw(6, 8, 3, 3, seed=s + 1), draw(8, seed=s)),
         (GEOMETRY,),
     ),
-    "workspace": (group_norm, lambda s: (draw(2, 6, 3, 4, seed=s),), (3,)),
+    "workspace": (group_norm, lambda s: (draw(2, 6, 30, 70, seed=s),), (3,)),
     "several kernels": (
         conv_transpose2d_gelu_group_norm,
         lambda s: (draw(2, 6, 3, 4, seed=s), draw(6, 8, 3, 3, seed=s + 1), draw(8, seed=s + 2)),

@@ -32,9 +32,9 @@ def draw(*shape):
 
 
 def test_a_tape_is_played_on_other_arrays():
-    x, weight, bias = draw(3, 4, 5), draw(4), draw(4)
+    x, weight, bias = draw(3, 4, 2060), draw(4), draw(4)  # of groups that take a workspace
     tape = recorded(norm, x, weight, bias, np.empty_like(x))
-    others = draw(3, 4, 5) + 1, draw(4) * 2, draw(4) - 1
+    others = draw(3, 4, 2060) + 1, draw(4) * 2, draw(4) - 1
     out = np.full_like(x, np.nan)
     workspace = np.empty(tape.workspace_bytes, np.uint8)
     tape.play(addresses(*others, out, workspace), 0)
@@ -43,7 +43,7 @@ def test_a_tape_is_played_on_other_arrays():
 
 def test_workspaces_do_not_overlap():
     """Poisoned before and checked after: nothing but the workspace and the output is written."""
-    x, weight, bias = draw(3, 4, 5), draw(4), draw(4)
+    x, weight, bias = draw(3, 4, 2060), draw(4), draw(4)  # of groups that take a workspace
     tape = recorded(norm, x, weight, bias, np.empty_like(x))
     memory = np.full(tape.workspace_bytes + 256, 0xA5, np.uint8)
     out = np.empty_like(x)
@@ -53,10 +53,11 @@ def test_workspaces_do_not_overlap():
 
 
 def test_null_stays_null():
-    x = draw(3, 4, 5)
+    x = draw(3, 4, 2060)
     tape = recorded(norm, x, None, None, np.empty_like(x))
     out = np.empty_like(x)
-    tape.play([runtime.pointer(x), 0, 0, *addresses(out, np.empty(tape.workspace_bytes, np.uint8))], 0)
+    workspace = np.empty(tape.workspace_bytes, np.uint8)
+    tape.play([runtime.pointer(x), 0, 0, *addresses(out, workspace)], 0)
     assert (out == group_norm(x, 2)).all()
 
 

@@ -55,4 +55,27 @@ struct TeamCombine {
   }
 };
 
+// Sums over teams of neighbouring threads, a power of two up to a block; every member gets them. All threads of the
+// block take part.
+template <int kThreads, int kCount>
+struct TeamSum {
+  struct Storage {
+    Sums<kCount> partial[kThreads / kWarp];
+  };
+
+  __device__ static Sums<kCount> run(Storage& shared, Sums<kCount> sums, int team) {
+    for (int distance = 1; distance < team && distance < kWarp; distance *= 2)
+      sums = combine(sums, shuffle_xor(sums, distance));
+    if (team <= kWarp) return sums;
+    int warp = threadIdx.x / kWarp, warps = team / kWarp, first = warp / warps * warps;
+    __syncthreads();  // what was here before has been read
+    if (threadIdx.x % kWarp == 0) shared.partial[warp] = sums;
+    __syncthreads();
+    sums = shared.partial[first];
+#pragma unroll 1
+    for (int i = 1; i < warps; ++i) sums = combine(sums, shared.partial[first + i]);
+    return sums;
+  }
+};
+
 }  // namespace rawkern

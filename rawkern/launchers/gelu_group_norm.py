@@ -3,6 +3,7 @@
 from ..epilogue import GELU
 from .chain import chain_of
 from .group_norm import group_norm, group_norm_backward
+from .group_norm_held import held_kernels
 from .group_norm_kernels import chained_kernels
 from .repeat import repeatable
 
@@ -42,4 +43,6 @@ def gelu_group_norm_backward(grad_output, input, mean, rstd, weight=None, approx
 def kernels():
     """Every instantiation, for the tests that compile them all."""
     for approximate in ("none", "tanh"):
-        yield from chained_kernels(chain_of(GELU(approximate)))
+        chain = chain_of(GELU(approximate))
+        yield from chained_kernels(chain)
+        yield from held_kernels(chain)

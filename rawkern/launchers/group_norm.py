@@ -8,6 +8,7 @@ import numpy as np
 
 from ..runtime import check_out, pointer, queue_of
 from .chain import IDENTITY
+from .group_norm_held import HeldPlan, gradients_held, normalize_held
 from .group_norm_kernels import (
     THREADS,
     RowPlan,
@@ -70,6 +71,10 @@ def group_norm(
     eps = check_eps(eps)
     mean, rstd = statistics_arrays(queue, sizes, mean, rstd)
     input, out = arranged_with(queue, input, out)
+    held = HeldPlan.of(sizes, input, out)
+    if held is not None:
+        normalize_held(queue, held, input, mean, rstd, weight, bias, eps, chain, out)
+        return out
     moments = row_moments(queue, sizes, input, chain)
     statistics(queue, sizes, moments, eps, mean, rstd)
     normalize(queue, sizes, input, mean, rstd, weight, bias, chain, out)
@@ -113,6 +118,12 @@ def group_norm_backward(
     )
     grad_output = arranged(queue, grad_output, is_channels_last(input))
     weight = contiguous(queue, weight)
+    held = HeldPlan.of(sizes, input, grad_output, grad_input)
+    if held is not None:
+        if any(needs):
+            grads = grad_input, grad_weight, grad_bias
+            gradients_held(queue, sizes, held, grad_output, input, mean, rstd, weight, chain, *grads)
+        return grad_input, grad_weight, grad_bias
     common = dict(grad_output=pointer(grad_output), input=pointer(input), mean=pointer(mean), rstd=pointer(rstd))
     common |= dict(groups=groups_of(sizes), chain=chain.pack())
     rows = RowPlan.of(sizes, input, grad_output)
@@ -202,7 +213,7 @@ def group_norm_double_backward(
     second_row_sums_kernel(dtype).launch(queue, rows.blocks, sums=pointer(sums), **common)
     means = _group_means(queue, sizes, rows, sums, weight, u, dtype, 5)
     if needs[2]:
-        width = channel_width(sizes, rows)
+        width = channel_width(sizes.channels, rows.slots)
         second_channel_gradients_kernel(dtype).launch(
             queue,
             -(-sizes.channels // width),
@@ -294,7 +305,7 @@ def normalize(queue, sizes, input, mean, rstd, weight, bias, chain, out):
 
 
 def _channel_gradients(queue, sizes, rows, sums, grad_weight, grad_bias, dtype):
-    width = channel_width(sizes, rows)
+    width = channel_width(sizes.channels, rows.slots)
     channel_gradients_kernel(dtype).launch(
         queue,
         -(-sizes.channels // width),

@@ -82,10 +82,10 @@ class RowPlan:
         channels_last = is_channels_last(arrays[0])
         rows, spatial = sizes.batch * sizes.channels, sizes.spatial
         if channels_last:
-            lanes = 32 // min(32, _power_of_two(sizes.channels + 1) // 2)
+            lanes = 32 // min(32, power_of_two(sizes.channels + 1) // 2)
             slot_length = 128 * lanes
         else:
-            lanes = min(32, _power_of_two(-(-spatial // 8)))
+            lanes = min(32, power_of_two(-(-spatial // 8)))
             slot_length = 4096 if rows * (spatial // 4096) >= 4096 else 1024
         slots = max(1, -(-spatial // slot_length))
         vector = not channels_last and not any(pointer(array) % 16 for array in arrays)
@@ -99,19 +99,19 @@ def groups_of(sizes):
     return np.array((sizes.num_groups, sizes.channels_per_group), GROUPS)[()]
 
 
-def _power_of_two(n):
+def power_of_two(n):
     """The smallest power of two that is not below n; 1 for 0."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def team_of(entries):
     """Threads that combine `entries` values: up to a warp for few, a block for many."""
-    return THREADS if entries > 128 else min(32, _power_of_two(-(-entries // 4)))
+    return THREADS if entries > 128 else min(32, power_of_two(-(-entries // 4)))
 
 
-def channel_width(sizes, rows):
+def channel_width(channels, slots):
     """Channels that one block sums, see ChannelTotal."""
-    return 1 if rows.slots > 1 else min(32, _power_of_two(-(-sizes.channels // 128)))
+    return 1 if slots > 1 else min(32, power_of_two(-(-channels // 128)))
 
 
 def _kernel(name, type, params):
