@@ -3,7 +3,7 @@
 //
 // Walking along rows, as there, takes three launches forward and four backward, reads the data twice, and for rows of
 // few elements (one, where there are no spatial axes) spends more on each row than on its elements. Here a team of
-// neighbouring threads, from 8 threads to a block, holds a whole group: the data is read once and written once, and a
+// neighbouring threads, from one thread to a block, holds a whole group: the data is read once and written once, and a
 // thread's elements are every team-th vector of the group, so that neighbours read neighbours whatever the shape of a
 // channel. Vectors have 16 bytes where the launcher finds everything aligned, else one element. Sums of a team go
 // through shuffles, and through shared memory where it has several warps.
