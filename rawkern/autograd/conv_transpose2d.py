@@ -18,7 +18,7 @@ from ..launchers.conv_transpose2d import weight_gradient as launch_weight_gradie
 from ..launchers.geometry import Geometry, check_groups, pair
 from . import autocast
 from .operator import Operator, is_transformed, needs_gradient, refused
-from .pointwise import POINTWISE, check_chain, composed_gradients, pointwise_backward, pointwise_tangent, spread
+from .pointwise import POINTWISE, check_chain, composed_gradients, pointwise_backward, pointwise_tangent
 from .precision import check_precision
 
 
@@ -143,10 +143,8 @@ def convolve(input, weight, convolution, bias=None):
 
 def convolution_gradients(grad, input, weight, convolution, needs):
     """The gradients for input, weight and bias from that of the convolution; None where not needed."""
-    if not any(needs):
-        return None, None, None
     if not torch.is_grad_enabled():  # nobody will differentiate them: all at once takes less time on the host
-        return spread(needs, BACKWARD((grad, input, weight), (tuple(needs), *convolution)))
+        return BACKWARD.gradients(needs, (grad, input, weight), (tuple(needs), *convolution))
     needs_input, needs_weight, needs_bias = needs
     grad_input = grad_weight = grad_bias = None
     if needs_input:

@@ -23,7 +23,7 @@ from .gelu import signature_of
 from .gelu_group_norm import gelu_group_norm
 from .group_norm import normalised, normalised_tangent
 from .operator import Operator, is_transformed, needs_gradient, refused
-from .pointwise import composed_gradients, spread
+from .pointwise import composed_gradients
 
 
 def conv_transpose2d_gelu_group_norm(
@@ -155,8 +155,8 @@ def _saving_gradients(ctx, grads):
         return composed_gradients(_composition(ctx.static), tensors, ctx.needs, grads[0])
     _, _, approximate, *convolution = ctx.static
     input, weight, _, norm_weight, _ = tensors
-    static = approximate, tuple(map(bool, ctx.needs)), *convolution
-    return spread(ctx.needs, BACKWARD((grads[0], input, weight, norm_weight, saved, statistics), static))
+    static = approximate, tuple(ctx.needs), *convolution
+    return BACKWARD.gradients(ctx.needs, (grads[0], input, weight, norm_weight, saved, statistics), static)
 
 
 def _composition(static):

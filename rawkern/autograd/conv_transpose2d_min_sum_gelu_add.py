@@ -21,7 +21,6 @@ from .min_sum_gelu_add import (
     plain,
 )
 from .operator import Operator, is_transformed, needs_gradient
-from .pointwise import spread
 
 
 def conv_transpose2d_min_sum_gelu_add(
@@ -136,10 +135,10 @@ def _saving_gradients(ctx, grads):
 
 
 def _gradients(grad_output, input, weight, index, sums, layout, convolution, needs):
-    if grad_output is None or not any(needs):
+    if grad_output is None:
         return [None] * 4
     tensors = plain(grad_output), input, weight, index, sums
-    return spread(needs, BACKWARD(tensors, (*layout, tuple(map(bool, needs)), *convolution)))
+    return BACKWARD.gradients(needs, tensors, (*layout, tuple(needs), *convolution))
 
 
 def _backward(call, grad_output, input, weight, index, sums, shape, strides, weight_shape, bias_shape, needs, *conv):

@@ -8,8 +8,8 @@ from ..launchers.group_norm import group_norm_backward as launch_group_norm_back
 from ..launchers.group_norm import group_norm_double_backward as launch_group_norm_double_backward
 from ..launchers.group_norm_sizes import Sizes, check_eps
 from . import autocast
-from .operator import Operator, is_transformed, refused
-from .pointwise import POINTWISE, composed_gradients, pointwise_tangent, spread
+from .operator import Operator, is_transformed, refused, spread
+from .pointwise import POINTWISE, composed_gradients, pointwise_tangent
 
 
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
@@ -117,9 +117,7 @@ def _gradients(ctx, grads):
 
 def group_norm_gradients(grad_output, input, weight, statistics, chain, needs):
     """The gradients for input, weight and bias that are needed, None for the others."""
-    if not any(needs):
-        return [None] * 3
-    return spread(needs, GROUP_NORM_BACKWARD((grad_output, input, weight, statistics), (chain, tuple(needs))))
+    return GROUP_NORM_BACKWARD.gradients(needs, (grad_output, input, weight, statistics), (chain, tuple(needs)))
 
 
 def _composed(input, weight, bias, num_groups, eps, chain):
@@ -205,13 +203,10 @@ def _backward_gradients(ctx, grads):
 def _second(tensors, directions, needs):
     """The gradients of group_norm_backward for grad_output, input, weight; None where not needed."""
     grad_output, input, weight, statistics = tensors
-    if not any(needs):
-        return [None] * 3
     v, *vectors = directions
     v = None if v is None else arranged(v, input)
-    static = (tuple(needs),)
     tensors = grad_output, input, weight, statistics, v, *vectors
-    return spread(needs, GROUP_NORM_DOUBLE_BACKWARD(tensors, static))
+    return GROUP_NORM_DOUBLE_BACKWARD.gradients(needs, tensors, (tuple(needs),))
 
 
 def _backward_tangent(ctx, tangents):

@@ -10,7 +10,7 @@ from ..launchers.min_sum_gelu_add import min_sum_gelu_add as launch_min_sum_gelu
 from ..launchers.min_sum_gelu_add import sum_gradient as launch_sum_gradient
 from . import autocast
 from .operator import Operator, is_transformed, needs_gradient, refused
-from .pointwise import is_dense, spread
+from .pointwise import is_dense
 
 
 def min_sum_gelu_add(input, bias):
@@ -100,28 +100,27 @@ def _gradients(ctx, grads):
     """The forward pass once more: this one kept nothing."""
     input, bias = ctx.saved_tensors
     _, index, sums = MIN_SUM_GELU_ADD_SAVING((input.detach(), bias.detach()))
-    return gradients(grads[0], input.shape, gradient_strides(input), bias.shape, index, sums, ctx.needs)
+    layout = input.shape, gradient_strides(input), bias.shape
+    return gradients(grads[0], layout, index, sums, ctx.needs)
 
 
 def _saving_setup(ctx, tensors, static, outputs):
     input, bias = tensors
-    ctx.shape, ctx.bias_shape = input.shape, bias.shape
-    ctx.strides = gradient_strides(input)  # the input itself is not kept alive
+    ctx.layout = input.shape, gradient_strides(input), bias.shape  # the input itself is not kept alive
     ctx.mark_non_differentiable(outputs[1], outputs[2])
     ctx.save_for_backward(outputs[1], outputs[2])
 
 
 def _saving_gradients(ctx, grads):
     index, sums = ctx.saved_tensors
-    return gradients(grads[0], ctx.shape, ctx.strides, ctx.bias_shape, index, sums, ctx.needs)
+    return gradients(grads[0], ctx.layout, index, sums, ctx.needs)
 
 
-def gradients(grad_output, shape, strides, bias_shape, index, sums, needs):
-    """The gradients for input (of this shape, with these strides) and bias; None where not needed."""
-    if grad_output is None or not any(needs):
+def gradients(grad_output, layout, index, sums, needs):
+    """The gradients for input and bias, None where not needed. `layout`: input's shape, its strides, bias's shape."""
+    if grad_output is None:
         return None, None
-    static = tuple(shape), strides, tuple(bias_shape), tuple(map(bool, needs))
-    return spread(needs, MIN_SUM_GELU_ADD_BACKWARD((plain(grad_output), index, sums), static))
+    return MIN_SUM_GELU_ADD_BACKWARD.gradients(needs, (plain(grad_output), index, sums), (*layout, tuple(needs)))
 
 
 def _backward(call, grad_output, index, sums, shape, strides, bias_shape, needs):

@@ -83,6 +83,12 @@ class Operator:
             return self._apply(*tensors, (plan, key, addresses))
         return self._decide(key, tensors) if plan is None else plan.repeat(addresses)
 
+    def gradients(self, needs, tensors, static):
+        """The gradients that are needed, None for the others, from an operator that returns a list of the former."""
+        if all(needs):
+            return self(tensors, static)
+        return spread(needs, self(tensors, static)) if any(needs) else [None] * len(needs)
+
     def _not_plain(self, tensors, static):
         """The outputs by way of what PyTorch has for tensors that are not ordinary."""
         if is_transformed() and not is_inside_rule():
@@ -265,6 +271,12 @@ def _nothing_saved(ctx, tensors, static, outputs):
 
 def _as_they_are(tensors):
     return tensors
+
+
+def spread(needs, found):
+    """`found` on the places where `needs` is true, None elsewhere."""
+    found = iter(found)
+    return [next(found) if need else None for need in needs]
 
 
 def refused(message):

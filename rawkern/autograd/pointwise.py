@@ -7,7 +7,7 @@ from ..launchers.pointwise import pointwise as launch_pointwise
 from ..launchers.pointwise import pointwise_backward as launch_pointwise_backward
 from ..launchers.pointwise import pointwise_double_backward as launch_pointwise_double_backward
 from . import autocast
-from .operator import Operator, refused, unwrapped
+from .operator import Operator, refused, spread, unwrapped
 
 
 def pointwise(input, chain):
@@ -64,17 +64,9 @@ def pointwise_backward(grad_output, input, tensors, signature, numbers, needs):
         needs: which gradients are wanted, as bools for the input and each tensor.
 
     Returns:
-        A list of the gradients of the input and of each tensor, None where not wanted.
+        The gradients of the input and of each tensor in a row, None where not wanted.
     """
-    if not any(needs):
-        return [None] * len(needs)
-    return spread(needs, POINTWISE_BACKWARD((grad_output, input, *tensors), (signature, numbers, tuple(needs))))
-
-
-def spread(needs, found):
-    """`found` on the places where `needs` is true, None elsewhere."""
-    found = iter(found)
-    return [next(found) if need else None for need in needs]
+    return POINTWISE_BACKWARD.gradients(needs, (grad_output, input, *tensors), (signature, numbers, tuple(needs)))
 
 
 def composed_gradients(function, inputs, needs, grad_output):
