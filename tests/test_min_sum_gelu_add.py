@@ -236,7 +236,7 @@ def test_hypothesis(device, shape, kept, extra, layout):
         (torch.zeros(2, 3, 4, 5, 6), torch.zeros(1), RuntimeError, "4 dimensions"),
         (torch.zeros(2, 0, 4, 5), torch.zeros(1), IndexError, "non-zero size"),
         (torch.zeros(2, 3, 4, 5), torch.zeros(16, 1, 3), RuntimeError, r"\(16, 1, 3\).*does not broadcast"),
-        (torch.zeros(2, 3, 4, 5), torch.zeros(1).double(), RuntimeError, "float32 and torch.float64"),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(1).double(), RuntimeError, "float32 and float64"),
         (torch.zeros(2, 3, 4, 5).int(), torch.zeros(1).int(), RuntimeError, "int32"),
         (torch.zeros(2, 3, 4, 5), 1.0, TypeError, "'bias' must be Tensor, not float"),
     ],

@@ -13,7 +13,6 @@ from . import autocast
 from .conv_transpose2d import CONVOLUTION, convolution_of, convolve
 from .min_sum_gelu_add import (
     check_operands,
-    check_same,
     empty_saved,
     gradient_strides,
     min_sum_gelu_add,
@@ -66,8 +65,6 @@ def conv_transpose2d_min_sum_gelu_add(
         input, weight, conv_bias = autocast.lowered(input, weight, conv_bias)
         if bias.dtype != input.dtype or autocast.normalised_dtype(input) != input.dtype:
             return min_sum_gelu_add(convolve(input, weight, convolution, conv_bias), bias)
-    for name, operand in (("weight", weight), *({"conv_bias": conv_bias} if optional else {}).items(), ("bias", bias)):
-        check_same("input", input, name, operand)
     tensors = input, weight, conv_bias, plain(bias)
     if needs_gradient(tensors) or is_transformed():
         return SAVING(tensors, convolution)[0]

@@ -35,7 +35,6 @@ def min_sum_gelu_add(input, bias):
     check_operands("min_sum_gelu_add", input=input, bias=bias)
     if autocast.is_on(input):
         input, bias = autocast.raised(input, bias)
-    check_same("input", input, "bias", bias)
     tensors = input, plain(bias)
     if needs_gradient(tensors) or is_transformed():
         return MIN_SUM_GELU_ADD_SAVING(tensors)[0]
@@ -47,14 +46,6 @@ def check_operands(function, **operands):
     for name, operand in operands.items():
         if not isinstance(operand, torch.Tensor):
             raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(operand).__name__}")
-
-
-def check_same(first_name, first, name, operand):
-    """Raises RuntimeError unless dtypes and devices agree, naming both."""
-    if operand.dtype != first.dtype:
-        raise RuntimeError(f"{first_name} and {name} have different dtypes: {first.dtype} and {operand.dtype}")
-    if operand.device != first.device:
-        raise RuntimeError(f"{first_name} and {name} are on different devices: {first.device} and {operand.device}")
 
 
 def plain(tensor):
