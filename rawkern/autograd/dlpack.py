@@ -176,7 +176,9 @@ class Plan:
             self._results_of = operator.itemgetter(places[id(results)])
         else:
             places = [places[id(result)] for result in results]
-            self._results_of = lambda new: tuple([new[place] for place in places])
+            # Of several places one call in C makes a tuple; of a single one it would not.
+            several = len(places) > 1
+            self._results_of = operator.itemgetter(*places) if several else lambda new: tuple([new[p] for p in places])
 
     def repeat(self, addresses):
         """Does it for tensors with these addresses; returns the results."""

@@ -18,7 +18,9 @@ def gelu(input, approximate="none"):
 
 def signature_of(approximate):
     """The signature of GELU in this form. Raises as `rawkern.epilogue.GELU`."""
-    return _ERF if approximate == "none" else GELU(approximate).signature
+    if approximate == "none":
+        return _ERF
+    return _TANH if approximate == "tanh" else GELU(approximate).signature
 
 
-_ERF = GELU("none").signature
+_ERF, _TANH = GELU("none").signature, GELU("tanh").signature
