@@ -16,6 +16,7 @@ import numpy as np
 from rawkern import epilogue, runtime
 from rawkern.launchers import block_math, repeat
 from rawkern.launchers import conv_transpose2d_direct as direct
+from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.channel_sum import channel_sum
@@ -174,6 +175,16 @@ def sweep_conv_transpose2d_direct():
     _sweep_convolutions(CONVOLUTIONS)
     with direct_kernels(min_products=0):
         _sweep_convolutions(direct.EXAMPLES, [dtype for dtype in DTYPES if dtype != runtime.bfloat16])
+
+
+def sweep_conv_transpose2d_direct_matrix():
+    """The weight gradient for few channels on tensor cores."""
+    with direct_kernels(min_products=0):
+        for case, dtype in itertools.product(matrix.EXAMPLES, matrix.DTYPES):
+            geometry = Geometry.of(*case)
+            input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
+            for arrange in (contiguous, channels_last, strided):
+                weight_gradient(arrange(input), arrange(grad), geometry, precision="tf32")
 
 
 def _sweep_convolutions(convolutions, dtypes=DTYPES, precisions=("ieee", "tf32")):

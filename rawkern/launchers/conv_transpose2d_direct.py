@@ -1,4 +1,7 @@
-"""Transposed convolution with few channels per group on arrays: the direct kernels, which use no tensor cores."""
+"""Transposed convolution with few channels per group on arrays: the direct kernels.
+
+But for some weight gradients (conv_transpose2d_direct_matrix.py) they use no tensor cores.
+"""
 
 import functools
 import itertools
@@ -9,6 +12,7 @@ import numpy as np
 
 from .. import runtime
 from ..runtime import Kernel, cpp_type, element_strides, pointer
+from . import conv_transpose2d_direct_matrix as matrix
 from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .conv_transpose2d_direct_tile import (
@@ -238,13 +242,22 @@ class DirectWeightGradientPlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def direct_weight_gradient_plan(geometry, dtype, precision, channels_last=False):
-    """The plan for a geometry; None where the implicit GEMM is faster. Arguments as for `direct_plan`."""
-    check_precision(precision)
+def direct_weight_gradient_plan(geometry, dtype, precision, channels_last=False, multiprocessors=1):
+    """The plan for a geometry; None where the implicit GEMM is faster. Arguments as for `direct_plan`.
+
+    Where tensor cores are asked for and channels enough to fill the smallest of their products they multiply, in TF32
+    too; otherwise float32 is multiplied as float32.
+    """
+    precision = check_precision(precision)
     if not few_channels(geometry):
         return None
-    if _products(geometry) >= MIN_PRODUCTS and (plan := tile_weight_gradient_plan(geometry, dtype, channels_last)):
-        return plan
+    if _products(geometry) >= MIN_PRODUCTS:
+        if matrix.serves(geometry, dtype, precision) and (
+            plan := matrix.matrix_plan(geometry, dtype, channels_last, multiprocessors)
+        ):
+            return plan
+        if plan := tile_weight_gradient_plan(geometry, dtype, channels_last):
+            return plan
     weights = math.prod(geometry.weight_shape)
     lines = geometry.batch * geometry.input_size[0]
     wanted = max(-(-_WARPS_WANTED // weights), -(-lines // _SLICE_LINES))
@@ -267,8 +280,9 @@ def weight_gradient_partials(queue, plan, geometry, input, grad_output):
         rows=geometry.in_channels // geometry.groups,
         columns=geometry.out_channels // geometry.groups,
     )
-    if isinstance(plan, TileWeightGradientPlan):
-        kernel, blocks = _tile_weight_gradient_kernel(plan), plan.blocks
+    if isinstance(plan, (TileWeightGradientPlan, matrix.MatrixPlan)):
+        make = _tile_weight_gradient_kernel if isinstance(plan, TileWeightGradientPlan) else matrix.matrix_kernel
+        kernel, blocks = make(plan), plan.blocks
         names = ("tiles", "slice_tiles", "row_tiles", "column_tiles", "group_tiles", "width_tiles", "height_tiles")
         fields |= {name: getattr(plan, name) for name in names} | {"block_count": blocks}
     else:

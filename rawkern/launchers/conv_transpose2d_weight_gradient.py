@@ -93,13 +93,14 @@ def _partials(queue, geometry, precision, input, grad_output):
     """The slices' partial sums, [slice][group][tap][row][column], in the accumulator's dtype.
 
     They come from the first family of kernels that serves the problem, for every caller the same:
-    1. conv_transpose2d_direct, plain multiply-adds: few channels per group, of which a tensor core's tile would be
-       mostly padding.
+    1. conv_transpose2d_direct: few channels per group, of which a large tile would be mostly padding. The smallest
+       products of the tensor cores (conv_transpose2d_direct_matrix), or plain multiply-adds.
     2. conv_transpose2d_weight_gradient_taps, many taps from one staged tile: 16-bit types, and float32 in TF32.
     3. weight_gradient.cu, one tap per block: everything.
     """
     dtype, device = input.dtype, queue.device
-    if few := direct.direct_weight_gradient_plan(geometry, dtype, precision, is_channels_last(input)):
+    arguments = geometry, dtype, precision, is_channels_last(input), device.multiprocessors
+    if few := direct.direct_weight_gradient_plan(*arguments):
         return direct.weight_gradient_partials(queue, few, geometry, input, grad_output)
     weights = math.prod(geometry.weight_shape)
     if taps.serves(geometry, dtype, check_precision(precision)):
