@@ -1,16 +1,17 @@
 // The input's way into shared memory for warpgroup_gather.cuh where the copy engine brings it (tensor_copy.cuh): one
-// swizzled row of 128 bytes per pixel (a slab of 32 TF32 or 64 16-bit channels), zeros for pixels outside the image and
-// channels beyond the last. The engine rounds float on its way.
+// swizzled row of 128 bytes per pixel (a slab of 32 TF32, 64 16-bit or 16 split channels), zeros for pixels outside the
+// image and channels beyond the last. The engine rounds float on its way, unless stagers are to split it.
 //
 //   channels neighbours (NHWC)   memory --engine--> stage [pixel][128 B, swizzled]
+//   the same, to be split        memory --engine--> box [32 pixels][channel] --stager warp--> stage
 //   pixels neighbours (NCHW)     memory --engine--> box [channel][32 pixels] --stager warp--> stage
 //
-// In NCHW each of the stager warps has a small ring of boxes, most of them under way; it waits for one, reads it with
-// its lanes along the pixels, writes it with 16 bytes of channels per lane (float) or as transposed matrices (16-bit
-// types), both without bank conflicts, and has the engine fill it again. It issues some 100 instructions for 32 pixels
-// of a slab (twice as many for 16-bit rows that begin anywhere, which are read value by value), and nothing in them
-// waits for memory. What limits it is shared memory itself, which the tensor cores use
-// most of: 96 of its cycles for each box, against 80 of 128 that the products want.
+// Each stager warp has a small ring of boxes, most of them under way; it waits for one, reads it with its lanes along
+// the pixels, writes it with 16 bytes of channels per lane (float) or as transposed matrices (16-bit types), both
+// without bank conflicts, and has the engine fill it again. It issues some 100 instructions for 32 pixels of a slab
+// (twice as many for 16-bit rows that begin anywhere, which are read value by value, and for floats that it splits),
+// and nothing in them waits for memory. What limits it is shared memory itself, which the tensor cores use most of: 96
+// of its cycles for each box, against 80 of 128 that the products want.
 #pragma once
 #include "load_matrices.cuh"
 #include "opaque.cuh"
@@ -71,7 +72,8 @@ template <class T, bool kSplit, Staging kStaging>
 struct Box {
   static constexpr bool kFlat = kStaging == kStageFlat, kChannels = kStaging == kStageChannels;
   static constexpr int kSegment = 32, kSlab = OperandRow<T, kSplit>::kChannels, kAlign = 16 / sizeof(T);
-  static constexpr int kPixels = kSegment + (kFlat || sizeof(T) == 2 ? kSplit ? 2 * kAlign : kAlign : 0);
+  static constexpr int kMore = kSplit ? 2 * kAlign : kAlign;  // twice, lest the parts of few channels be unaligned
+  static constexpr int kPixels = kSegment + (kFlat || sizeof(T) == 2 ? kMore : 0);
   static constexpr int kPart = kSlab / kAlign * kPixels * sizeof(T);  // bytes
   static_assert(kPart % 128 == 0, "the copy engine's destinations are aligned");
   // Channel `channel`, counted in values.
@@ -87,9 +89,9 @@ struct BoxPlace {
   int column, element;
 };
 
-// Pixels neighbours (NCHW), first half of the way: the boxes of the rows that a warp takes, slab after slab as `Slabs`
-// has them. The copy engine rounds float that is not to be split. It sets to zero what is outside of the image or the
-// group, but, where it sees the tensor as one long row, only what is outside of the tensor.
+// First half of the way in NCHW, or of what is to be split: the boxes of the rows that a warp takes, slab after slab as
+// `Slabs` has them. The copy engine rounds float that is not to be split. It sets to zero what is outside of the image
+// or the group, but, where it sees the tensor as one long row, only what is outside of the tensor.
 template <class OwnBox, class Slabs>
 struct BoxSource {
   static constexpr bool kFlat = OwnBox::kFlat;
