@@ -162,7 +162,7 @@ struct Normalize {
 #pragma unroll
       for (int load = 0; load < B::kLoads; ++load) {
         if (load >= batch.valid) continue;
-        Pack<T, B::kWidth> result;
+        Packed<T, B::kWidth> result;
 #pragma unroll
         for (int i = 0; i < B::kWidth; ++i) {
           A x = center(Pre::template value<T>(batch.get(0, load, i), operands));
@@ -380,7 +380,7 @@ struct GradInput {
 #pragma unroll
       for (int load = 0; load < B::kLoads; ++load) {
         if (load >= batch.valid) continue;
-        Pack<T, B::kWidth> result;
+        Packed<T, B::kWidth> result;
 #pragma unroll
         for (int i = 0; i < B::kWidth; ++i) {
           Accumulator<T> x = batch.get(1, load, i), unused[Pre::kTensorSlots];
@@ -544,7 +544,7 @@ struct SecondGradients {
 #pragma unroll
       for (int load = 0; load < B::kLoads; ++load) {
         if (load >= batch.valid) continue;
-        Pack<T, B::kWidth> of_g, of_x;
+        Packed<T, B::kWidth> of_g, of_x;
 #pragma unroll
         for (int i = 0; i < B::kWidth; ++i) {
           A g = A(batch.get(0, load, i)), d = center(A(batch.get(1, load, i)));

@@ -18,8 +18,8 @@
 #include "centered.cuh"
 #include "chain.cuh"
 #include "opaque.cuh"
+#include "quotient.cuh"
 #include "reductions.cuh"
-#include "team_walk.cuh"
 #include "value_vector.cuh"
 
 namespace rawkern {
@@ -27,9 +27,9 @@ namespace rawkern {
 constexpr int kHeldThreads = 512;
 constexpr int kHeldValues = 8;  // of one thread
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kSharedMemory = 98 << 10;  // of a multiprocessor, for two blocks
+constexpr int kSharedOfTwoBlocks = 98 << 10;  // on one multiprocessor
 #else
-constexpr int kSharedMemory = 162 << 10;
+constexpr int kSharedOfTwoBlocks = 162 << 10;
 #endif
 
 struct HeldGroups {
@@ -288,12 +288,12 @@ struct GradientsHeld {
     int first_group;
   };
   // Two, where shared memory has room for them.
-  static constexpr int kMinBlocks = sizeof(T) < 8 && 2 * sizeof(Shared) <= kSharedMemory ? 2 : 1;
+  static constexpr int kMinBlocks = sizeof(T) < 8 && 2 * sizeof(Shared) <= kSharedOfTwoBlocks ? 2 : 1;
 
   // Adds to what the block has of g and g xh; in the first round there is nothing yet.
   __device__ static void share(W* kept, const W (&values)[kWidth], bool is_first) {
     constexpr int kCount = kWidth * sizeof(W) < 16 ? kWidth : 16 / sizeof(W);
-    using Kept = Pack<W, kCount>;
+    using Kept = Packed<W, kCount>;
 #pragma unroll
     for (int begin = 0; begin < kWidth; begin += kCount) {
       Kept sum = is_first ? Kept{} : *reinterpret_cast<Kept*>(kept + begin);

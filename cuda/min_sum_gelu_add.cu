@@ -112,7 +112,7 @@ struct MinOfPlanes {
     int teams = kThreads / p.share, team = threadIdx.x & (teams - 1), first = threadIdx.x / teams;
     int64 begin = (linear_block() * teams + team / kWarp * kWarp) * kWidth;  // of the warp's pixels
     int lane = threadIdx.x % kWarp;
-    int64 size = p.pixels.sizes[p.pixels.dims - 1], in_row = begin - divide(begin, size) * size;
+    int64 size = p.pixels.sizes[p.pixels.dims - 1], in_row = begin - quotient(begin, size) * size;
     bool one_row = in_row + kWarp * kWidth <= size && p.pixels.step(0) == 1 && begin < p.pixels.count;
     if (one_row) {
       int64 offset[2];
@@ -308,7 +308,7 @@ struct Reduce {
     int member = p.along_reduced ? threadIdx.x & (p.share - 1) : threadIdx.x / outputs;
     int own = p.along_reduced ? threadIdx.x / p.share : threadIdx.x & (outputs - 1);
     int distance = p.along_reduced ? 1 : outputs;  // of members, in threads
-    int64 bundles = ceil_div(p.kept.count, outputs), slice = divide(linear_block(), bundles);
+    int64 bundles = ceil_div(p.kept.count, outputs), slice = quotient(linear_block(), bundles);
     if (slice >= p.slices) return;
     int64 output = (linear_block() - slice * bundles) * outputs + own;
     int64 begin = slice * p.slice_length, end = minimum_of(begin + p.slice_length, p.reduced.count);
@@ -404,7 +404,7 @@ struct SpreadPlanes {
 
   template <int kPack>
   __device__ static void run_packs(const Params& p) {
-    int64 bundle = divide(linear_block(), p.share), pixel = (bundle * kThreads + threadIdx.x) * kPack;
+    int64 bundle = quotient(linear_block(), p.share), pixel = (bundle * kThreads + threadIdx.x) * kPack;
     int begin = int(linear_block() - bundle * p.share) * kChannels;
     if (pixel >= p.pixels.count) return;
     int64 offset[3];

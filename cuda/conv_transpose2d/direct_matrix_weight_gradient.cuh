@@ -15,9 +15,9 @@
 // A warp owns eight words of the depth (16 or 8 columns of the rectangle, all its rows), kRowTiles x kColumnTiles
 // matrices of channels and kTaps columns of the kernel, all kernel rows, whose sums are its registers. It keeps its x
 // in registers, reads each row of gy once for each of its columns of the kernel and multiplies it with all the rows of
-// x that it meets. In the end the warps of different words are added in order; slices are short (the launcher's
-// business), so that no sum is long, and SumSlices adds them in double (weight_gradient.cu): two runs agree bit for
-// bit.
+// x that it meets. In the end the warps of different words are added in order; slices are so short (the launcher's
+// business) that a sum has some thousands of products at most, and SumSlices adds them in double (weight_gradient.cu):
+// two runs agree bit for bit.
 //
 // A pixel of x multiplies only gy that exists: where the rectangle crosses an edge rows are looked at one by one, and
 // columns are masked in both operands, so that an infinity there does not become NaN elsewhere. Channels that only fill

@@ -120,7 +120,7 @@ struct DirectWalk : Shape {
   };
 
   __device__ static int take(int64& rest, int count) {
-    int64 outer = divide(rest, count);
+    int64 outer = quotient(rest, count);
     int part = int(rest - outer * count);
     rest = outer;
     return part;

@@ -42,8 +42,8 @@ struct InputPixel {
   __device__ InputPixel(const SparseGeometry& p, int64 number)
       : number(number), image(0), h(0), w(0), exists(number < p.pixels) {
     if (!exists) return;
-    int64 row = divide(number, p.in_size[1]);
-    image = divide(row, p.in_size[0]);
+    int64 row = quotient(number, p.in_size[1]);
+    image = quotient(row, p.in_size[0]);
     w = int(number - row * p.in_size[1]);
     h = int(row - image * p.in_size[0]);
   }
@@ -123,9 +123,9 @@ struct PackRows {
   __device__ static void run(const Params& p) {
     int64 element = linear_block() * kThreads + threadIdx.x;
     if (element >= p.elements) return;
-    int64 row = divide(element, p.padded_channels), tap = divide(row, p.out_per_group);
+    int64 row = quotient(element, p.padded_channels), tap = quotient(row, p.out_per_group);
     int64 in = element - row * p.padded_channels, out = row - tap * p.out_per_group;
-    int64 tap_h = divide(tap, p.kernel_w), tap_w = tap - tap_h * p.kernel_w;
+    int64 tap_h = quotient(tap, p.kernel_w), tap_w = tap - tap_h * p.kernel_w;
     T value{};
     if (in < p.in_channels && tap < p.taps)
       value = p.weight[in * p.strides[0] + out * p.strides[1] + tap_h * p.strides[2] + tap_w * p.strides[3]];
@@ -179,7 +179,7 @@ struct SparseInputGradient {
   __device__ static void run(const Params& p) {
     RAWKERN_SHARED(Storage, shared);
     const SparseGeometry& geometry = p.geometry;
-    int64 tiles = ceil_div(geometry.pixels, kPixels), chunk = divide(linear_block(), tiles);
+    int64 tiles = ceil_div(geometry.pixels, kPixels), chunk = quotient(linear_block(), tiles);
     int64 begin = (linear_block() - chunk * tiles) * kPixels;
     int channel = int(chunk) * kSparseChannels;
     if (channel >= geometry.in_channels) return;
@@ -332,15 +332,15 @@ struct SparseWeightGradient {
 
     __device__ explicit Place(const SparseGeometry& p) {
       int64 block = linear_block();
-      int64 tap_bundles = ceil_div(p.taps(), kWarps), next = divide(block, tap_bundles);
+      int64 tap_bundles = ceil_div(p.taps(), kWarps), next = quotient(block, tap_bundles);
       tap = int(block - next * tap_bundles) * kWarps + threadIdx.x / kWarp;
       block = next;
       int64 chunks = p.padded_channels / kSparseChannels;
-      next = divide(block, chunks);
+      next = quotient(block, chunks);
       channel = int(block - next * chunks) * kSparseChannels;
       block = next;
       int64 bundles = ceil_div(p.out_per_group, kRows);
-      slice = divide(block, bundles);
+      slice = quotient(block, bundles);
       row = int(block - slice * bundles) * kRows;
       group = channel / p.in_per_group;
     }
@@ -544,10 +544,10 @@ struct SparseBiasGradient {
 
   __device__ static void run(const Params& p) {
     RAWKERN_SHARED(Storage, shared);
-    int64 bundles = ceil_div(p.channels, kChannels), slice = divide(linear_block(), bundles);
+    int64 bundles = ceil_div(p.channels, kChannels), slice = quotient(linear_block(), bundles);
     if (slice >= p.slices) return;
     int first = int(linear_block() - slice * bundles) * kChannels;
-    int64 tile = divide(slice, p.row_slices);
+    int64 tile = quotient(slice, p.row_slices);
     int begin = int(slice - tile * p.row_slices) * p.slice_rows, end = minimum_of(begin + p.slice_rows, p.height);
     int64 column = tile * kColumns + threadIdx.x % kColumns;
     for (int i = threadIdx.x / kColumns; i < kChannels; i += kWarps) shared.count[i][threadIdx.x % kColumns] = 0;
@@ -560,7 +560,7 @@ struct SparseBiasGradient {
   }
 
   __device__ static void count(const Params& p, Storage& shared, int64 column, int begin, int end, int first) {
-    int64 image = divide(column, p.width);
+    int64 image = quotient(column, p.width);
     const int* index = p.index + image * p.height * p.width + column - image * p.width;
     for (int row = begin + threadIdx.x / kColumns; row < end; row += kLoads * kWarps) {
       int channel[kLoads];

@@ -124,7 +124,7 @@ struct WeightGradientTaps {
   __device__ static void write_strip(Strip2d<kPixels> (&strip)[2], int64 number, const Params& p) {
     int pixel = threadIdx.x;
     if (pixel >= kPixels) return;
-    int64 index = number * kPixels + pixel, image = divide(index, p.in_size[1]);
+    int64 index = number * kPixels + pixel, image = quotient(index, p.in_size[1]);
     int column = int(index - image * p.in_size[1]), out_column = column * p.stride[1] - p.padding[1];
     bool exists = index < p.row_pixels;
     strip[0].column[pixel] = exists ? column : kNowhere;

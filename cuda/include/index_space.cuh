@@ -3,16 +3,11 @@
 // The host drops dimensions of size 1 and merges neighbours that are one step in every array
 // (rawkern/launchers/index_space.py), so that nearly every space has one or two dimensions here.
 #pragma once
-#include "element.cuh"
+#include "quotient.cuh"
 
 namespace rawkern {
 
 constexpr int kMaxDims = 8;
-
-// a / b for a >= 0, b > 0. Division of 64-bit numbers is a long routine on a GPU, and most numbers are small.
-__device__ inline int64 divide(int64 a, int64 b) {
-  return ((a | b) >> 32) == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
-}
 
 template <int kArrays>
 struct IndexSpace {
@@ -28,7 +23,7 @@ struct IndexSpace {
     for (int array = 0; array < kArrays; ++array) offset[array] = 0;
 #pragma unroll 1
     for (int dim = dims - 1; dim > 0; --dim) {
-      int64 outer = divide(index, sizes[dim]), place = index - outer * sizes[dim];
+      int64 outer = quotient(index, sizes[dim]), place = index - outer * sizes[dim];
 #pragma unroll
       for (int array = 0; array < kArrays; ++array) offset[array] += place * strides[array][dim];
       index = outer;

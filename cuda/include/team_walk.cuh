@@ -9,7 +9,7 @@
 //
 // A walk hands over batches of several loads per array, so that enough loads are under way at once.
 #pragma once
-#include "element.cuh"
+#include "quotient.cuh"
 
 namespace rawkern {
 
@@ -23,17 +23,6 @@ struct Rows {
   int channels_last;
   int vector;
   int unused;  // fills the struct up to a multiple of 8 bytes
-};
-
-// a / b for a >= 0, b > 0. Division of 64-bit numbers is a long routine on a GPU, and most numbers are small.
-__device__ inline int64 quotient(int64 a, int64 b) {
-  return ((a | b) >> 32) == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
-}
-
-// Values that are loaded and stored as one.
-template <class T, int kCount>
-struct __align__(sizeof(T) * kCount) Pack {
-  T value[kCount];
 };
 
 // One thread's part of a slot.
@@ -81,15 +70,15 @@ struct Stretch {
 template <class T, int kWidth_, int kLoads_, int kInputs>
 struct Batch {
   static constexpr int kWidth = kWidth_, kLoads = kLoads_;
-  Pack<T, kWidth> input[kInputs][kLoads];
+  Packed<T, kWidth> input[kInputs][kLoads];
   int64 offset, stride;  // of the first pack, and from pack to pack
   int valid;
 
   __device__ Accumulator<T> get(int array, int load, int i) const {
     return to_accumulator(input[array][load].value[i]);
   }
-  __device__ void store(T* output, int load, const Pack<T, kWidth>& pack) const {
-    *reinterpret_cast<Pack<T, kWidth>*>(output + offset + load * stride) = pack;
+  __device__ void store(T* output, int load, const Packed<T, kWidth>& pack) const {
+    *reinterpret_cast<Packed<T, kWidth>*>(output + offset + load * stride) = pack;
   }
 };
 
@@ -110,7 +99,7 @@ __device__ inline void walk_packs(const Rows& rows, const Stretch& s, int64 begi
 #pragma unroll
       for (int array = 0; array < kInputs; ++array)
         batch.input[array][load] =
-            *reinterpret_cast<const Pack<T, kWidth>*>(input[array] + batch.offset + load * batch.stride);
+            *reinterpret_cast<const Packed<T, kWidth>*>(input[array] + batch.offset + load * batch.stride);
     }
     body(batch);
   }
