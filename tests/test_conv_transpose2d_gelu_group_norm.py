@@ -86,21 +86,26 @@ def test_tf32(device):
     assert exact.dtype == torch.float64 and torch.equal(exact, rounded)  # TF32 is for float32 only
 
 
+def test_more_channels_than_a_direct_kernel_takes(device):
+    """Also in full float32 by the tensor cores of Hopper."""
+    assert_parity(ours, composed, problem(channels=(20, 24), size=(9, 11)), device=device)
+
+
 def test_many_tiles(device):
     """More pixels than one tile of the convolution: partial statistics are combined."""
     assert_parity(ours, composed, problem(batch=1, channels=(2, 4), size=(40, 50), num_groups=2), device=device)
 
 
 @pytest.mark.parametrize("outlier", [0.0, 1e4], ids=["plain", "outlier"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_moments_next_to_a_large_mean(dtype, outlier):
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "tf32"), ("float32", "ieee"), ("float16", "tf32")])
+def test_moments_next_to_a_large_mean(dtype, precision, outlier):
     """Of the tensor-core kernels, which sum around a mean of a few values, be one of these far from the others."""
     shape = (2, 32, 12, 22)
     input = (np.random.default_rng(0).standard_normal(shape) + 300).astype(dtype)
     input[:, :, 0, 0] += outlier
     geometry = Geometry.of(shape, (32, 32, 1, 1))
     weight = np.eye(32, dtype=dtype)[:, :, None, None]
-    out, moments = with_moments(input, weight, None, IDENTITY, geometry, precision="tf32")
+    out, moments = with_moments(input, weight, None, IDENTITY, geometry, precision=precision)
     values = out.reshape(2 * 32, -1).astype(np.float64)
     count, mean, squares = moments.transpose(2, 0, 1)
     combined = (count * mean).sum(1) / values.shape[1]

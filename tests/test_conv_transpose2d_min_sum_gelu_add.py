@@ -180,7 +180,8 @@ SPECIAL = {
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("width", [3, 40])
 @pytest.mark.parametrize("special", SPECIAL)
-def test_first_minimum_by_warpgroups(device, special, width, groups):
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_first_minimum_by_warpgroups(device, precision, special, width, groups):
     """Values and channels of the kernels for Hopper: several units of 64 channels, the last one not whole."""
     generator = torch.Generator().manual_seed(width + groups)
     x = torch.randint(-2, 3, (2, 4 * groups, 3, width), generator=generator) / 2
@@ -191,7 +192,7 @@ def test_first_minimum_by_warpgroups(device, special, width, groups):
     geometry = launchers.geometry_of(x.shape, weight.shape, stride=2, groups=groups)
     arrays = [to_array(value.to(device)) for value in (x, weight, bias)]
     with sweep.architecture("sm_90a"):
-        values, index = launchers.channel_min(*arrays, geometry, precision="tf32")
+        values, index = launchers.channel_min(*arrays, geometry, precision=precision)
     values, index = (torch.from_dlpack(result).cpu().view(first.shape) for result in (values, index))
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(index.long(), first)

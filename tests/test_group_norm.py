@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import rawkern
+from rawkern import runtime
+from rawkern.autograd.dlpack import to_array
 from rawkern.runtime import Kernel
 from rawkern.testing import assert_as_accurate_as_torch, assert_parity, forward_backward
 
@@ -40,13 +42,14 @@ def affine(channels):
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
     [
-        ((3, 6, 7, 9), 2),  # rows no multiple of a vector
-        ((2, 8, 4, 8), 8),  # one channel a group, vectors
-        ((5, 12), 4),  # rows of one element
+        ((3, 6, 7, 9), 2),
+        ((2, 8, 4, 8), 8),  # one channel a group
+        ((5, 12), 4),  # no spatial axes
         ((2, 4, 3, 2, 5), 1),
+        ((2, 6, 39, 61), 2),  # too large to be held: rows no multiple of a vector
         ((2, 3, 5003), 3),  # several slots a row
         ((1, 2, 96, 96), 1),  # several slots and vectors
-        ((2, 520, 3), 2),  # more partial results per group than a warp combines
+        ((1, 520, 20), 2),  # more partial results per group than a warp combines
     ],
     ids=str,
 )
@@ -331,6 +334,62 @@ def test_held_groups_take_few_launches(device, monkeypatch, shape, num_groups, b
     ]
     names = launched(monkeypatch, lambda: outputs[0].backward(torch.ones_like(outputs[0])))
     assert names == ["group_norm_held_gradients", "group_norm_channel_gradients"][:backward]
+
+
+def test_more_partial_results_than_a_warp_combines_in_channels_last(device):
+    inputs = {"input": drawn(1, 520, 4, 5).contiguous(memory_format=torch.channels_last), "num_groups": 2}
+    assert_parity(rawkern.group_norm, functional.group_norm, inputs | affine(520), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("which", ["input", "grad_output", "grad_input"])
+def test_held_groups_in_memory_that_begins_anywhere(device, dtype, layout, which):
+    """Such memory is read by single elements, with the results of vectors."""
+
+    def begins_anywhere(tensor):
+        memory = torch.empty(tensor.numel() + 1, dtype=dtype, device=device)[1:]
+        return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    tensors = [drawn(3, 64, 8, 8, seed=seed).to(device, dtype).contiguous(memory_format=layout) for seed in (0, 3)]
+    input, grad_output = tensors
+    expected = held_gradients(input, grad_output, torch.empty_like(input))
+    grad_input = torch.empty_like(input)
+    moved = {"input": input, "grad_output": grad_output, "grad_input": grad_input}
+    moved[which] = begins_anywhere(moved[which])
+    assert moved[which].data_ptr() % 16
+    for mine, exact in zip(held_gradients(**moved), expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
+
+
+def held_gradients(input, grad_output, grad_input):
+    """(output, gradients of input, weight and bias), by the launchers, of groups in teams of 64 threads and more."""
+    arrays = [to_array(tensor) for tensor in (input, grad_output, grad_input)]
+    xp = runtime.device_of(arrays[0]).xp
+    mean, rstd = xp.empty((3, 4)), xp.empty((3, 4))
+    output = launchers.group_norm(arrays[0], 4, mean=mean, rstd=rstd)
+    grads = launchers.group_norm_backward(arrays[1], arrays[0], mean, rstd, grad_input=arrays[2])
+    return [torch.from_dlpack(array) for array in (output, *grads)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_held_groups_of_several_rounds_in_other_types(monkeypatch, channels_last, dtype):
+    """As test_held_groups_of_several_rounds, for what is summed and laid out in other ways."""
+    input, grad = (drawn(40, 64, 8, 8, seed=seed).numpy().astype(dtype) for seed in (0, 3))
+    if channels_last:
+        input, grad = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (input, grad))
+    results = []
+    for blocks in (held._BLOCKS, 1):
+        monkeypatch.setattr(held, "_BLOCKS", blocks)
+        repeat.forget_plans()
+        mean, rstd = np.empty((40, 4)), np.empty((40, 4))
+        launchers.group_norm(input, 4, mean=mean, rstd=rstd)
+        results.append(launchers.group_norm_backward(grad, input, mean, rstd))
+    repeat.forget_plans()
+    tolerance = 2e-3 if dtype == "float16" else 1e-5
+    for several, one in zip(*results, strict=True):
+        np.testing.assert_allclose(several, one, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7])

@@ -44,9 +44,9 @@ __device__ inline unsigned tf32_operand(float value) {
 #endif
 }
 
-// A float as the sum of two TF32 numbers, 22 bits of it: `high` is the number rounded, `low` what is left, rounded too.
-// The product of two numbers is then high * high + high * low + low * high but for a part in 2^22. TF32 has no smaller
-// numbers than float, but fewer of them below 2^-126: parts of less than 2^-137 are lost.
+// A float as the sum of two TF32 numbers, 22 to 23 bits of it: `high` is the number rounded, `low` what is left, also
+// rounded. The product of two numbers is then high * high + high * low + low * high but for two parts in 2^22. TF32 has
+// no smaller numbers than float, but fewer of them below 2^-126: parts of less than 2^-137 are lost.
 //
 // An infinity, or NaN, is all in `low`: in `high`, it would meet a low part that is zero and become NaN. Numbers that
 // would be rounded to infinity are cut.

@@ -10,9 +10,9 @@
 // The product is asynchronous: wgmma_fence() before the first one that uses registers written by ordinary code,
 // wgmma_commit() closes a group, wgmma_wait<n>() waits until at most n groups are under way. With w the warp within the
 // warpgroup, g = lane / 4 and t = lane % 4, a thread's d[4 j + 2 r + i] is (row 16 w + 8 r + g, column 8 j + 2 t + i).
-// (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".) Operands are rounded to TF32 when
-// they are staged, by operand_unit() or the copy engine (tensor_copy.cuh); the unit ignores the 13 low bits. sm_90a
-// only.
+// (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".) Operands are rounded to TF32, or
+// split, when they are staged, by OperandRow::store() or the copy engine (tensor_copy.cuh); the unit ignores the 13 low
+// bits. sm_90a only.
 #pragma once
 #include "mma.cuh"
 #include "opaque.cuh"

@@ -249,7 +249,7 @@ def matrix_kernel(plan):
     return _kernel(plan.dtype, plan.height_axis, plan.width_axis, plan.shape)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _kernel(dtype, height, width, shape):
     arguments = f"{cpp_type(dtype)}, {height.cpp}, {width.cpp}, {shape.cpp}"
     return Kernel(

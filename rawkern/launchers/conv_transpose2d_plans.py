@@ -60,7 +60,7 @@ def gather_plan(geometry, dtype, precision, multiprocessors, transposed):
     block = block_math.choose(candidates, rows, geometry.batch * pixels, copies, multiprocessors)
     tiles = copies * -(-rows // block.rows) * -(-geometry.batch * pixels // block.columns)
     pairs = -(-tiles // multiprocessors) * block.rows * block.columns / block.efficiency * depth
-    cost = _cost(geometry, pairs, phases if transposed else 1, dtype, precision, _most_taps(geometry, transposed))
+    cost = _cost(geometry, pairs, phases, dtype, precision, _most_taps(geometry, transposed))
     return GatherPlan(
         block=block,
         transposed=transposed,
