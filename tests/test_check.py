@@ -40,6 +40,11 @@ class ScaledGradient(torch.autograd.Function):
         return grad * (1 + 1e-5)
 
 
+def test_everything_is_right(capsys):
+    assert run() == 0
+    assert "WRONG" not in capsys.readouterr().out
+
+
 def test_right_results_pass(tmp_path, capsys):
     file = tmp_path / "check.json"
     assert run("--filter", "gelu float*", "--json", str(file)) == 0
