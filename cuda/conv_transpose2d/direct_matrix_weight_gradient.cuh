@@ -26,24 +26,23 @@
 // Reads x and gy through the caches, 16 or 32 bits a lane; writes partial sums [slice][group][tap][row][column]. Meant
 // for sm_80 and later.
 #pragma once
-#include "direct_tile_weight_gradient.cuh"
+#include "direct_rectangles.cuh"
 #include "mma.cuh"
 #include "opaque.cuh"
 #include "read_only.cuh"
+#include "tile_axis.cuh"
 
 namespace rawkern {
 
 // What a word of an operand holds, and how it is made.
 template <class T>
 struct MatrixWord {
-  using Operand = T;
   static constexpr int kPack = 2;
   __device__ static unsigned make(const T (&value)[2]) { return value[0].bits | unsigned(value[1].bits) << 16; }
   __device__ static unsigned mask(int i) { return 0xffffu << 16 * i; }
 };
 template <>
 struct MatrixWord<float> {
-  using Operand = Tf32;
   static constexpr int kPack = 1;
   __device__ static unsigned make(const float (&value)[1]) { return tf32_operand(value[0]); }
   __device__ static unsigned mask(int) { return ~0u; }
@@ -173,6 +172,7 @@ __device__ inline void stage_words(unsigned* to, const TileSource<T>& from) {
 template <class T, class Height, class Width, class Shape>
 struct DirectMatrixWeightGradient : Shape {
   using Params = DirectTileWeightGradientParams;
+  using Block = RectanglesOfBlock<Shape::kRows, Shape::kColumns, 1>;
   using Word = MatrixWord<T>;
   using Shape::kColumns, Shape::kColumnTiles, Shape::kRows, Shape::kRowTiles, Shape::kLines, Shape::kSteps;
   using Shape::kTaps, Shape::kThreads;
@@ -225,32 +225,11 @@ struct DirectMatrixWeightGradient : Shape {
     }
   };
 
-  // Channels run fastest, then groups: the blocks that read the same pixels run together.
-  struct Block {
-    int row, column, group;
-    int64 slice;
+  using Corner = DirectRectangle<kWidth, kLines>;
+  struct Rectangle : Corner {
+    using Corner::h, Corner::w;
 
-    __device__ Block(int64 block, const Params& p) {
-      column = int(block % p.column_tiles) * kColumns;
-      block /= p.column_tiles;
-      row = int(block % p.row_tiles) * kRows;
-      block /= p.row_tiles;
-      group = int(block % p.groups);
-      slice = block / p.groups;
-    }
-  };
-
-  // A rectangle of x: its first row and column, its image.
-  struct Rectangle {
-    int h, w;
-    int64 image;
-
-    __device__ Rectangle(int64 tile, const Params& p) {
-      w = int(tile % p.width_tiles) * kWidth;
-      tile /= p.width_tiles;
-      h = int(tile % p.height_tiles) * kLines;
-      image = tile / p.height_tiles;
-    }
+    __device__ Rectangle(int64 tile, const Params& p) : Corner(tile, p) {}
 
     // Whether all its pixels exist, and all that they meet in gy.
     __device__ bool is_whole(const Params& p) const {
@@ -290,25 +269,8 @@ struct DirectMatrixWeightGradient : Shape {
   }
 
   __device__ static void load(Stage& stage, const Params& p, const Block& block, const Rectangle& at) {
-    TileSource<T> x{}, y{};
-    x.channel = static_cast<const T*>(p.input) + at.image * p.in_strides[0] +
-                (int64(block.group) * p.rows + block.row) * p.in_strides[1];
-    x.strides = p.in_strides;
-    x.h = at.h;
-    x.w = at.w;
-    x.height = p.height.in_size;
-    x.width = p.width.in_size;
-    x.left = p.rows - block.row;
-    stage_words<GridX>(stage.x, x);
-    y.channel = static_cast<const T*>(p.grad_output) + at.image * p.out_strides[0] +
-                (int64(block.group) * p.columns + block.column) * p.out_strides[1];
-    y.strides = p.out_strides;
-    y.h = Height::origin(p.height, at.h);
-    y.w = Width::origin(p.width, at.w);
-    y.height = p.height.out_size;
-    y.width = p.width.out_size;
-    y.left = p.columns - block.column;
-    stage_words<GridY>(stage.y, y);
+    stage_words<GridX>(stage.x, input_source<T>(p, block, at));
+    stage_words<GridY>(stage.y, grad_output_source<T, Height, Width>(p, block, at));
   }
 
   // Channels that fill the last matrix read the last one's words.
@@ -400,7 +362,7 @@ struct DirectMatrixWeightGradient : Shape {
   __device__ static void multiply_rows(float (&sum)[kRowTiles][4], const unsigned (&y)[4],
                                        const unsigned (&x)[kRowTiles][2]) {
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) mma_16x8<typename Word::Operand>(sum[r], y, x[r]);
+    for (int r = 0; r < kRowTiles; ++r) mma_16x8<typename OperandOf<T>::type>(sum[r], y, x[r]);
   }
 
   // Adds up the warps of each role, matrix by matrix, and stores the sums.

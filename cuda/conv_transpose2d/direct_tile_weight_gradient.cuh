@@ -12,24 +12,11 @@
 //
 // Meant for sm_80 and later.
 #pragma once
+#include "direct_rectangles.cuh"
 #include "endings.cuh"
-#include "stage_tile.cuh"
 #include "tile_axis.cuh"
 
 namespace rawkern {
-
-struct DirectTileWeightGradientParams {
-  const void* input;
-  const void* grad_output;
-  void* partial;
-  int64 in_strides[4];
-  int64 out_strides[4];
-  int64 block_count, tiles, slice_tiles;  // blocks; rectangles of all images; of one slice
-  Axis height, width;
-  int groups, rows, columns;  // input and output channels of a group
-  int row_tiles, column_tiles, group_tiles;
-  int width_tiles, height_tiles;
-};
 
 // kWidth columns x kLines x kPixels rows of a rectangle; kRowBlocks x kRows channels of x, kColumnBlocks x kColumns of
 // gy, kTapBlocks x kTaps columns of the kernel.
@@ -105,34 +92,8 @@ struct DirectTileWeightGradient : Shape {
     }
   };
 
-  // Channels run fastest, then groups: the blocks that read the same pixels run together.
-  struct Block {
-    int row, column, group;
-    int64 slice;
-
-    __device__ Block(int64 block, const Params& p) {
-      column = int(block % p.column_tiles) * kDepthY;
-      block /= p.column_tiles;
-      row = int(block % p.row_tiles) * kDepthX;
-      block /= p.row_tiles;
-      group = int(block % p.group_tiles) * kGroups;
-      slice = block / p.group_tiles;
-    }
-  };
-
-  // A rectangle of x: its first row and column, its image.
-  struct Rectangle {
-    int h, w;
-    int64 image;
-
-    __device__ Rectangle(int64 tile, const Params& p) {
-      w = int(tile % p.width_tiles) * Shape::kWidth;
-      tile /= p.width_tiles;
-      h = int(tile % p.height_tiles) * kLinesX;
-      image = tile / p.height_tiles;
-    }
-  };
-
+  using Block = RectanglesOfBlock<kDepthX, kDepthY, kGroups>;
+  using Rectangle = DirectRectangle<Shape::kWidth, kLinesX>;
   using Sums = A[kRows][kColumns][kTaps][Height::kKernel];
 
   __device__ static void run(const Params& p) {
@@ -158,29 +119,8 @@ struct DirectTileWeightGradient : Shape {
   }
 
   __device__ static void load(Stage& stage, const Params& p, const Block& block, const Rectangle& at) {
-    TileSource<T> x, y;
-    x.channel = static_cast<const T*>(p.input) + at.image * p.in_strides[0] +
-                (int64(block.group) * p.rows + block.row) * p.in_strides[1];
-    x.strides = p.in_strides;
-    x.h = at.h;
-    x.w = at.w;
-    x.height = p.height.in_size;
-    x.width = p.width.in_size;
-    x.depth = p.rows;
-    x.left = p.rows - block.row;
-    x.groups = p.groups - block.group;
-    stage_tile<GridX>(stage.x, x);
-    y.channel = static_cast<const T*>(p.grad_output) + at.image * p.out_strides[0] +
-                (int64(block.group) * p.columns + block.column) * p.out_strides[1];
-    y.strides = p.out_strides;
-    y.h = Height::origin(p.height, at.h);
-    y.w = Width::origin(p.width, at.w);
-    y.height = p.height.out_size;
-    y.width = p.width.out_size;
-    y.depth = p.columns;
-    y.left = p.columns - block.column;
-    y.groups = x.groups;
-    stage_tile<GridY>(stage.y, y);
+    stage_tile<GridX>(stage.x, input_source<T>(p, block, at));
+    stage_tile<GridY>(stage.y, grad_output_source<T, Height, Width>(p, block, at));
   }
 
   __device__ static void multiply(Sums& sum, const Stage& stage, const Params& p, const Own& own, const Rectangle& at) {

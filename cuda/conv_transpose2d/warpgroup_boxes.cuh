@@ -234,23 +234,7 @@ struct BoxTurner {
         for (int c = 0; c < kUnitValues; ++c) values[i][c] = T{};
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if constexpr (kSplit)
-        Row::store(stage, to, first + i, values[i]);
-      else
-        unit_at(stage, to, first + i) = unit_of(values[i]);
-    }
-  }
-  // The copy engine has rounded float.
-  __device__ static Unit unit_of(const float (&values)[4]) {
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unit.words[i] = __float_as_uint(values[i]);
-    return unit;
-  }
-  template <class Element>
-  __device__ static Unit unit_of(const Element (&values)[8]) {
-    return operand_unit(values);
+    for (int i = 0; i < kCount; ++i) Row::template store<true>(stage, to, first + i, values[i]);  // by the copy engine
   }
 
   // Matrix j is unit j of four, and eight pixels: a lane gets two channels of a pixel, a word of each unit. Two times

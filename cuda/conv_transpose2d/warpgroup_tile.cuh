@@ -41,15 +41,6 @@ struct WarpgroupParams {
   int offset[kMaxSteps + 4];  // of each step, the pixels by which its tap is displaced in the tile; and four more
 };
 
-template <class T>
-struct OperandOf {
-  using type = T;
-};
-template <>
-struct OperandOf<float> {
-  using type = Tf32;
-};
-
 // Division of small numbers (below 2^20) by the same divisor: a multiplication. (n + 1/2) / d is at least 1 / 2d away
 // from a whole number, and the rounding error is smaller than that.
 struct Divisor {

@@ -12,19 +12,10 @@
 
 namespace rawkern {
 
-template <class T>
-struct OperandFormat {
-  using type = T;
-};
-template <>
-struct OperandFormat<float> {
-  using type = Tf32;
-};
-
 template <class T, int kColumns_>
 struct WarpProducts {
   using Element = T;
-  using Operand = typename OperandFormat<T>::type;
+  using Operand = typename OperandOf<T>::type;
   static constexpr bool kAsynchronous = false;
   static constexpr int kColumns = kColumns_, kPairs = kColumns / 4, kProducts = kColumns / 16;
 
@@ -71,7 +62,7 @@ struct WarpProducts {
 template <class T, int kColumns_>
 struct WarpgroupProducts {
   using Element = T;
-  using Operand = typename OperandFormat<T>::type;
+  using Operand = typename OperandOf<T>::type;
   static constexpr bool kAsynchronous = true;
   static constexpr int kColumns = kColumns_, kPairs = kColumns / 4;
 

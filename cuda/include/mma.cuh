@@ -14,6 +14,16 @@ namespace rawkern {
 
 struct Tf32 {};  // names the operand format; its words are float bit patterns
 
+// The format in which tensor cores multiply values of type T.
+template <class T>
+struct OperandOf {
+  using type = T;
+};
+template <>
+struct OperandOf<float> {
+  using type = Tf32;
+};
+
 // Rounds to TF32's 10 bits of mantissa, to nearest, ties to even, as the copy engine does (tensor_copy.cuh); before
 // sm_90, which has an instruction for it, ties away from zero. NaN and infinities stay what they are.
 __device__ inline unsigned tf32_round(float value) {

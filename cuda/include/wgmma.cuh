@@ -31,14 +31,15 @@ struct alignas(16) Unit {
 __device__ inline Unit& unit_at(unsigned char* buffer, int row, int unit) {
   return *reinterpret_cast<Unit*>(buffer + swizzled(row, unit));
 }
-// A unit of an operand: four values, which are rounded, or eight of a 16-bit type.
+// A unit of an operand: four values, which are rounded unless they are already, or eight of a 16-bit type.
+template <bool kRounded>
 __device__ inline Unit operand_unit(const float (&values)[4]) {
   Unit unit;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) unit.words[i] = tf32_operand(values[i]);
+  for (int i = 0; i < 4; ++i) unit.words[i] = kRounded ? __float_as_uint(values[i]) : tf32_operand(values[i]);
   return unit;
 }
-template <class T>
+template <bool kRounded, class T>
 __device__ inline Unit operand_unit(const T (&values)[8]) {
   Unit unit;
 #pragma unroll
@@ -54,7 +55,8 @@ struct OperandRow {
   static constexpr int kUnits = kSwizzledRow / 16 / (kSplit ? 2 : 1), kUnitValues = 16 / sizeof(T);
   static constexpr int kChannels = kUnits * kUnitValues, kLow = kSwizzledRow / 2;
 
-  // Stores the values of unit `unit` of row `row`.
+  // Stores the values of unit `unit` of row `row`. kRounded: those that are not split are rounded already.
+  template <bool kRounded = false>
   __device__ static void store(unsigned char* buffer, int row, int unit, const T (&values)[kUnitValues]) {
     if constexpr (kSplit) {
       Unit high, low;
@@ -62,7 +64,7 @@ struct OperandRow {
       unit_at(buffer, row, unit) = high;
       unit_at(buffer, row, unit + kUnits) = low;
     } else {
-      unit_at(buffer, row, unit) = operand_unit(values);
+      unit_at(buffer, row, unit) = operand_unit<kRounded>(values);
     }
   }
 };

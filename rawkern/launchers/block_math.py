@@ -104,12 +104,17 @@ def all_choices():
     yield (np.dtype("float32"), False), LONG_SUM_CHOICES
 
 
+def uses_tensor_cores(dtype, precision):
+    """Whether values are multiplied by tensor cores: 16-bit types always, float32 if `precision` is "tf32"."""
+    return dtype.itemsize == 2 or (dtype == np.float32 and precision == "tf32")
+
+
 def choices(dtype, precision, depth):
     """The candidates for element type `dtype` and sums of `depth` products.
 
     `precision` ("ieee" or "tf32") matters for float32 only.
     """
-    tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and precision == "tf32")
+    tensor_core = uses_tensor_cores(dtype, precision)
     if dtype == np.float32 and not tensor_core and depth > _LONG_SUM:
         return LONG_SUM_CHOICES
     return CHOICES[np.dtype(dtype), tensor_core]

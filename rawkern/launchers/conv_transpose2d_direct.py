@@ -17,12 +17,12 @@ from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .conv_transpose2d_direct_tile import (
     DIRECT_TILE,
-    DIRECT_TILE_WEIGHT_GRADIENT,
     MIN_PRODUCTS,
     DirectTilePlan,
-    TileWeightGradientPlan,
+    WeightGradientPlan,
     tile_plan,
     tile_weight_gradient_plan,
+    weight_gradient_kernel,
 )
 from .conv_transpose2d_direct_walk import DIRECT_WALK, DirectWalkPlan, walk_plan
 from .conv_transpose2d_direct_walk import THREADS as WALK_THREADS
@@ -280,9 +280,8 @@ def weight_gradient_partials(queue, plan, geometry, input, grad_output):
         rows=geometry.in_channels // geometry.groups,
         columns=geometry.out_channels // geometry.groups,
     )
-    if isinstance(plan, (TileWeightGradientPlan, matrix.MatrixPlan)):
-        make = _tile_weight_gradient_kernel if isinstance(plan, TileWeightGradientPlan) else matrix.matrix_kernel
-        kernel, blocks = make(plan), plan.blocks
+    if isinstance(plan, WeightGradientPlan):
+        kernel, blocks = weight_gradient_kernel(plan), plan.blocks
         names = ("tiles", "slice_tiles", "row_tiles", "column_tiles", "group_tiles", "width_tiles", "height_tiles")
         fields |= {name: getattr(plan, name) for name in names} | {"block_count": blocks}
     else:
@@ -345,13 +344,6 @@ def _channel_min_kernel(plan):
     return _kernel(plan, _CHANNEL_MIN, "DirectForwardChannelMin", [], ending)
 
 
-@functools.lru_cache(maxsize=4096)
-def _tile_weight_gradient_kernel(plan):
-    file, type = "conv_transpose2d/direct_weight_gradient.cu", f"DirectTileWeightGradient<{plan.arguments}>"
-    name = "conv_transpose2d_direct_weight_gradient"
-    return Kernel(name, file, type, plan.shape.threads, DIRECT_TILE_WEIGHT_GRADIENT)
-
-
 @functools.cache
 def _weight_gradient_kernel(dtype):
     file, type = "conv_transpose2d/direct_weight_gradient.cu", f"DirectWeightGradient<{cpp_type(dtype)}>"
@@ -395,5 +387,5 @@ def kernels():
                 for make, transposed in itertools.product((tile_plan, walk_plan), (True, False)):
                     if plan := make(geometry, dtype, transposed, channels_last):
                         yield _store_kernel(plan, IDENTITY.cpp, IDENTITY.params)
-                yield _tile_weight_gradient_kernel(tile_weight_gradient_plan(geometry, dtype, channels_last))
+                yield weight_gradient_kernel(tile_weight_gradient_plan(geometry, dtype, channels_last))
         yield _weight_gradient_kernel(dtype)

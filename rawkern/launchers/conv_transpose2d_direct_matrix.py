@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..runtime import Kernel, bfloat16, cpp_type
-from .conv_transpose2d_direct_tile import DIRECT_TILE_WEIGHT_GRADIENT, TileAxis, tile_axes
+from ..runtime import bfloat16
+from .block_math import uses_tensor_cores
+from .conv_transpose2d_direct_tile import TileAxis, WeightGradientPlan, tile_axes, weight_gradient_kernel
 from .geometry import Geometry
 
 #: The element types that tensor cores multiply.
@@ -67,40 +68,20 @@ class MatrixShape:
         return f"MatrixWeightGradientShape<{', '.join(map(str, tiles + last))}>"
 
 
-@dataclass(frozen=True)
-class MatrixPlan:
-    """How direct_matrix_weight_gradient.cuh computes a geometry's weight gradient."""
+class MatrixPlan(WeightGradientPlan):
+    """Of direct_matrix_weight_gradient.cuh, whose blocks have one group each."""
 
-    dtype: np.dtype
-    shape: MatrixShape
-    height_axis: TileAxis
-    width_axis: TileAxis
-    groups: int
-    row_tiles: int
-    column_tiles: int
-    width_tiles: int
-    height_tiles: int
-    tiles: int
-    slice_tiles: int
+    struct = "DirectMatrixWeightGradient"
 
     @property
-    def group_tiles(self):
-        return self.groups
-
-    @property
-    def slices(self):
-        return -(-self.tiles // self.slice_tiles)
-
-    @property
-    def blocks(self):
-        return self.slices * self.row_tiles * self.column_tiles * self.groups
+    def shared_bytes(self):
+        return _shared_bytes(self.height_axis, self.width_axis, self.shape)
 
 
 def serves(geometry, dtype, precision):
     """Whether tensor cores are asked for, and channels enough to fill a matrix."""
     per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and precision == "tf32")
-    return tensor_core and min(per_group) >= _FEWEST
+    return uses_tensor_cores(dtype, precision) and min(per_group) >= _FEWEST
 
 
 @functools.lru_cache(maxsize=4096)
@@ -110,11 +91,20 @@ def matrix_plan(geometry, dtype, channels_last, multiprocessors):
     shape = min(problem.shapes(), key=problem.cost, default=None)
     if shape is None:
         return None
-    tiles, slice_tiles = problem.tiles(shape), problem.slice_tiles(shape, multiprocessors)
+    row_tiles, column_tiles, *across_and_down = problem.tiles(shape)
     return MatrixPlan(
-        dtype, shape, problem.height, problem.width, geometry.groups, *tiles, math.prod(tiles[2:]) * geometry.batch,
-        slice_tiles,
-    )  # fmt: skip
+        dtype=dtype,
+        shape=shape,
+        height_axis=problem.height,
+        width_axis=problem.width,
+        row_tiles=row_tiles,
+        column_tiles=column_tiles,
+        group_tiles=geometry.groups,
+        width_tiles=across_and_down[0],
+        height_tiles=across_and_down[1],
+        tiles=math.prod(across_and_down) * geometry.batch,
+        slice_tiles=problem.slice_tiles(shape, multiprocessors),
+    )
 
 
 @dataclass(frozen=True)
@@ -244,24 +234,6 @@ def _shared_bytes(height, width, shape):
     return 4 * max(x + y, 4 * shape.threads)
 
 
-def matrix_kernel(plan):
-    """The kernel of a plan, whatever the size of its images."""
-    return _kernel(plan.dtype, plan.height_axis, plan.width_axis, plan.shape)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kernel(dtype, height, width, shape):
-    arguments = f"{cpp_type(dtype)}, {height.cpp}, {width.cpp}, {shape.cpp}"
-    return Kernel(
-        "conv_transpose2d_direct_weight_gradient",
-        "conv_transpose2d/direct_weight_gradient.cu",
-        f"DirectMatrixWeightGradient<{arguments}>",
-        shape.threads,
-        DIRECT_TILE_WEIGHT_GRADIENT,
-        shared_bytes=_shared_bytes(height, width, shape),
-    )
-
-
 #: Arguments of Geometry.of that stand for the endless number of shapes there can be: groups with a stride, dilation and
 #: phases; a kernel row with few channels, several tiles of channels of gy; channels that end within matrices on both
 #: sides, by sums enough for several roles; a tall kernel.
@@ -276,4 +248,4 @@ EXAMPLES = (
 def kernels():
     """Every instantiation of the examples, for the tests that compile them all."""
     for example, dtype, channels_last in itertools.product(EXAMPLES, DTYPES, (False, True)):
-        yield matrix_kernel(matrix_plan(Geometry.of(*example), dtype, channels_last, 1))
+        yield weight_gradient_kernel(matrix_plan(Geometry.of(*example), dtype, channels_last, 1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import runtime
-from ..runtime import accumulator, cpp_type
+from ..runtime import Kernel, accumulator, cpp_type
 
 DIRECT_TILE = runtime.params(
     ("input", "u8"),
@@ -374,11 +374,17 @@ class WeightGradientShape:
 
 
 @dataclass(frozen=True)
-class TileWeightGradientPlan:
-    """How direct_tile_weight_gradient.cuh computes a geometry's weight gradient."""
+class WeightGradientPlan:
+    """How a kernel compiled for one shape computes a geometry's weight gradient.
+
+    Attributes:
+        shape: its template arguments, in order.
+        row_tiles, column_tiles, group_tiles: blocks for all channels of x, of gy, and groups.
+        width_tiles, height_tiles: rectangles of an image; tiles: of all images; slice_tiles: of a slice of them.
+    """
 
     dtype: np.dtype
-    shape: WeightGradientShape
+    shape: object
     height_axis: TileAxis
     width_axis: TileAxis
     row_tiles: int
@@ -401,6 +407,25 @@ class TileWeightGradientPlan:
     def arguments(self):
         return f"{cpp_type(self.dtype)}, {self.height_axis.cpp}, {self.width_axis.cpp}, {self.shape.cpp}"
 
+    @property
+    def shared_bytes(self):
+        """Shared memory that is asked for at launch."""
+        return 0
+
+
+class TileWeightGradientPlan(WeightGradientPlan):
+    """Of direct_tile_weight_gradient.cuh."""
+
+    struct = "DirectTileWeightGradient"
+
+
+@functools.lru_cache(maxsize=4096)
+def weight_gradient_kernel(plan):
+    """The kernel of a WeightGradientPlan."""
+    file, type = "conv_transpose2d/direct_weight_gradient.cu", f"{plan.struct}<{plan.arguments}>"
+    name, threads = "conv_transpose2d_direct_weight_gradient", plan.shape.threads
+    return Kernel(name, file, type, threads, DIRECT_TILE_WEIGHT_GRADIENT, shared_bytes=plan.shared_bytes)
+
 
 #: Sums of one thread of the weight gradient, in 32-bit registers.
 _WEIGHT_SUM_REGISTERS = 49
@@ -414,10 +439,7 @@ _WEIGHT_BLOCKS, _SLICES, _SLICE_PRODUCTS = 4096, 128, 512
 @functools.lru_cache(maxsize=4096)
 def tile_weight_gradient_plan(geometry, dtype, channels_last):
     """The plan for a geometry, element type and order of memory; None if nothing fits into shared memory."""
-    axes = [
-        TileAxis(False, kernel, stride, dilation if kernel > 1 else 1)
-        for kernel, stride, dilation in zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
-    ]
+    axes = tile_axes(geometry, False)
     rows, columns = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
     shape = _weight_gradient_shape(dtype, *axes, rows, columns, geometry.groups, channels_last)
     if shape is None:

@@ -84,7 +84,7 @@ def _cost(geometry, pairs, phases, dtype, precision, most_taps):
     A multiprocessor makes 115 products a cycle in TF32 and 150 in 16 bits; taps share what they read, and pixels a
     stride apart are read or written one by one. In full float32 it makes 65, whatever they are, of 128.
     """
-    if dtype.itemsize == 4 and precision != "tf32":
+    if not block_math.uses_tensor_cores(dtype, precision):
         return pairs * math.prod(geometry.kernel) / phases / 65
     rate = 115 if dtype.itemsize == 4 else 150
     return pairs * most_taps / rate * (0.7 + 0.4 / most_taps) * (0.5 + 0.5 * geometry.stride[1])

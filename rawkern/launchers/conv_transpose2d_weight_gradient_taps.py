@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import runtime
 from ..runtime import Kernel, bfloat16, cpp_type, element_strides, pointer
+from .block_math import uses_tensor_cores
 
 _PARAMS = runtime.params(
     ("input", "u8"),
@@ -156,8 +157,7 @@ class TapsPlan:
 def serves(geometry, dtype, precision):
     """Whether this is the kernel for a geometry: tensor cores are asked for and channels enough to fill them."""
     per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    tensor_core = dtype.itemsize == 2 or (dtype == np.float32 and precision == "tf32")
-    return tensor_core and min(per_group) >= 16 and geometry.batch > 0
+    return uses_tensor_cores(dtype, precision) and min(per_group) >= 16 and geometry.batch > 0
 
 
 def share_of(geometry, input, grad_output):
