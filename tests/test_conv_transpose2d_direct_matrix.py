@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conv_transpose2d_weight_gradient import DTYPES, LAYOUTS, integers
+from test_conv_transpose2d_weight_gradient import DTYPES, LAYOUTS, far_apart, integers
 
+from rawkern.autograd.dlpack import to_array
 from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers.conv_transpose2d import weight_gradient
@@ -143,8 +144,6 @@ def test_as_accurate_as_torch(dtype, device):
     y = F.conv_transpose2d(x.to(device), weight, padding=1, groups=2)
     theirs = torch.autograd.grad(y, weight, grad.to(device))[0]
     ours = torch.empty(case[1], dtype=dtype, device=device)
-    from rawkern.autograd.dlpack import to_array
-
     arrays = [to_array(tensor.to(device)) for tensor in (x, grad)]
     weight_gradient(*arrays, geometry, precision="tf32", out=to_array(ours))
     rounding = TF32_ROUNDING if dtype == torch.float32 else 0.0
@@ -158,15 +157,7 @@ def test_offsets_beyond_32_bits():
     """Images and rows of images farther apart than 2**31 elements."""
     geometry = Geometry.of((2, 8, 2, 3), (8, 16, 2, 2))
     values = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
-    memory = np.zeros(2**32 + 2**20, np.float16)  # of which hardly a page is touched
-    arrays, offset = [], 0
-    for value in values:
-        strides = (2**31 + 2**16, 50, 2**30, 1)
-        far = np.lib.stride_tricks.as_strided(memory[offset:], value.shape, [2 * stride for stride in strides])
-        far[...] = value
-        arrays.append(far)
-        offset += 2000
-    result = weight_gradient(*arrays, geometry, precision="tf32")
+    result = weight_gradient(*far_apart(values), geometry, precision="tf32")
     np.testing.assert_array_equal(result, reference(geometry, *values).astype("float16"))
 
 

@@ -253,11 +253,8 @@ def test_narrow_images_keep_what_is_not_finite_apart():
     np.testing.assert_array_equal(result, oracle(case, x, grad).astype("float32"))
 
 
-def test_offsets_beyond_32_bits():
-    """Images and rows of images farther apart than 2**31 elements."""
-    case = ((2, 16, 2, 3), (16, 16, 2, 2), 1, 0, 0, 1, 1)
-    geometry = Geometry.of(*case)
-    values = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
+def far_apart(values):
+    """Two arrays of these values in float16, their images and rows of images farther apart than 2**30 elements."""
     memory = np.zeros(2**32 + 2**20, np.float16)  # of which hardly a page is touched
     arrays, offset = [], 0
     for value in values:
@@ -266,7 +263,15 @@ def test_offsets_beyond_32_bits():
         far[...] = value
         arrays.append(far)
         offset += 2000
-    result = weight_gradient(*arrays, geometry, precision="tf32")
+    return arrays
+
+
+def test_offsets_beyond_32_bits():
+    """Images and rows of images farther apart than 2**31 elements."""
+    case = ((2, 16, 2, 3), (16, 16, 2, 2), 1, 0, 0, 1, 1)
+    geometry = Geometry.of(*case)
+    values = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
+    result = weight_gradient(*far_apart(values), geometry, precision="tf32")
     np.testing.assert_array_equal(result, oracle(case, *values).astype("float16"))
 
 

@@ -12,7 +12,7 @@ from .group_norm_held import HeldPlan, gradients_held, normalize_held
 from .group_norm_kernels import (
     THREADS,
     RowPlan,
-    channel_gradients_kernel,
+    channel_gradients,
     channel_width,
     grad_input_kernel,
     group_means_kernel,
@@ -305,20 +305,10 @@ def normalize(queue, sizes, input, mean, rstd, weight, bias, chain, out):
 
 
 def _channel_gradients(queue, sizes, rows, sums, grad_weight, grad_bias, dtype):
-    width = channel_width(sizes.channels, rows.slots)
-    channel_gradients_kernel(dtype).launch(
-        queue,
-        -(-sizes.channels // width),
-        sums=pointer(sums),
-        grad_weight=pointer(grad_weight),
-        grad_bias=pointer(grad_bias),
-        images=0 if sizes.is_empty else sizes.batch,
-        channels=sizes.channels,
-        slots=rows.slots,
-        width=width,
-        # torch, too, answers NaN for the weight where every image is empty: there is no mean.
-        weight_factor=np.nan if sizes.batch and not sizes.spatial else 1.0,
-    )
+    images = 0 if sizes.is_empty else sizes.batch
+    # torch, too, answers NaN for the weight where every image is empty: there is no mean.
+    factor = np.nan if sizes.batch and not sizes.spatial else 1.0
+    channel_gradients(queue, dtype, sums, grad_weight, grad_bias, images, sizes.channels, rows.slots, factor)
 
 
 def _group_means(queue, sizes, rows, sums, weight, second_weight, dtype, kind):

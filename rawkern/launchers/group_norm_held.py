@@ -8,7 +8,7 @@ import numpy as np
 from .. import runtime
 from ..runtime import Kernel, cpp_type, pointer
 from .chain import chain_of
-from .group_norm_kernels import channel_gradients_kernel, channel_width, power_of_two
+from .group_norm_kernels import channel_gradients, check_chain, power_of_two
 from .group_norm_sizes import FLOAT64, is_channels_last
 from .layout import contiguous
 
@@ -129,21 +129,8 @@ def gradients_held(
         slots=plan.slots,
         chain=chain.pack(),
     )
-    if sums is None:
-        return
-    width = channel_width(sizes.channels, 1)
-    channel_gradients_kernel(input.dtype).launch(
-        queue,
-        -(-sizes.channels // width),
-        sums=pointer(sums),
-        grad_weight=pointer(grad_weight),
-        grad_bias=pointer(grad_bias),
-        images=plan.slots,
-        channels=sizes.channels,
-        slots=1,
-        width=width,
-        weight_factor=1.0,
-    )
+    if sums is not None:
+        channel_gradients(queue, input.dtype, sums, grad_weight, grad_bias, plan.slots, sizes.channels, 1)
 
 
 _FIELDS = {
@@ -163,8 +150,7 @@ _NAMES = {"NormalizeHeld": "group_norm_held", "GradientsHeld": "group_norm_held_
 
 
 def _kernel(struct, dtype, chain, width):
-    if chain.tensor_count:
-        raise ValueError("the functions before a normalisation take no tensors")
+    check_chain(chain)
     return _instance(struct, dtype, chain.cpp, chain.params, width)
 
 

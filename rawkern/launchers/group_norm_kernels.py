@@ -128,9 +128,14 @@ def _walking_kernel(name, struct, arrays, dtype, cpp, chain_params, groups=True)
     return _kernel(name, f"{struct}<{arguments}>", runtime.params(*fields))
 
 
-def _chained_kernel(name, struct, arrays, dtype, chain, groups=True):
+def check_chain(chain):
+    """Raises ValueError if functions before a normalisation take tensors."""
     if chain.tensor_count:
         raise ValueError("the functions before a normalisation take no tensors")
+
+
+def _chained_kernel(name, struct, arrays, dtype, chain, groups=True):
+    check_chain(chain)
     return _walking_kernel(name, struct, arrays, dtype, chain.cpp, chain.params, groups)
 
 
@@ -161,6 +166,23 @@ def group_means_kernel(dtype, terms):
 @functools.cache
 def channel_gradients_kernel(dtype):
     return _kernel("group_norm_channel_gradients", f"ChannelGradients<{cpp_type(dtype)}>", _CHANNEL_GRADIENTS)
+
+
+def channel_gradients(queue, dtype, sums, grad_weight, grad_bias, images, channels, slots, weight_factor=1.0):
+    """Fills the gradients, each of which may be None, from partial sums, float64, (images, channels, slots, 2)."""
+    width = channel_width(channels, slots)
+    channel_gradients_kernel(dtype).launch(
+        queue,
+        -(-channels // width),
+        sums=pointer(sums),
+        grad_weight=pointer(grad_weight),
+        grad_bias=pointer(grad_bias),
+        images=images,
+        channels=channels,
+        slots=slots,
+        width=width,
+        weight_factor=weight_factor,
+    )
 
 
 def grad_input_kernel(dtype, chain):
