@@ -17,6 +17,7 @@ from rawkern import epilogue, runtime
 from rawkern.launchers import block_math, repeat
 from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
+from rawkern.launchers import conv_transpose2d_direct_tile as tile
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.channel_sum import channel_sum
@@ -174,7 +175,7 @@ def sweep_conv_transpose2d_direct():
     """By the kernel for all shapes, and by kernels for one."""
     _sweep_convolutions(CONVOLUTIONS)
     with direct_kernels(min_products=0):
-        _sweep_convolutions(direct.EXAMPLES, [dtype for dtype in DTYPES if dtype != runtime.bfloat16])
+        _sweep_convolutions(tile.EXAMPLES, [dtype for dtype in DTYPES if dtype != runtime.bfloat16])
 
 
 def sweep_conv_transpose2d_direct_matrix():

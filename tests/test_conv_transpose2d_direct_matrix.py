@@ -19,7 +19,7 @@ from rawkern.autograd.dlpack import to_array
 from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers.conv_transpose2d import weight_gradient
-from rawkern.launchers.conv_transpose2d_direct_tile import TileWeightGradientPlan
+from rawkern.launchers.conv_transpose2d_direct_tile_weight_gradient import TileWeightGradientPlan
 from rawkern.launchers.geometry import Geometry
 from rawkern.runtime import bfloat16
 from rawkern.testing import TF32_ROUNDING, compare

@@ -17,10 +17,13 @@ from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .conv_transpose2d_direct_tile import (
     DIRECT_TILE,
+    EXAMPLES,
     MIN_PRODUCTS,
     DirectTilePlan,
-    WeightGradientPlan,
     tile_plan,
+)
+from .conv_transpose2d_direct_tile_weight_gradient import (
+    WeightGradientPlan,
     tile_weight_gradient_plan,
     weight_gradient_kernel,
 )
@@ -350,19 +353,6 @@ def _weight_gradient_kernel(dtype):
     return Kernel("conv_transpose2d_direct_weight_gradient", file, type, 256, DIRECT_WEIGHT_GRADIENT)
 
 
-#: Arguments of Geometry.of that stand for the endless number of shapes there can be: depthwise, groups with a
-#: dilation and phases without taps, few channels on one side with long sums, depthwise without a stride, several
-#: outputs of one input channel.
-EXAMPLES = (
-    ((2, 3, 9, 35), (3, 1, 4, 4), 2, 1, 0, 3, 1),
-    ((1, 2, 19, 18), (2, 1, 7, 7), 1, 3, 0, 2, 1),
-    ((2, 16, 5, 12), (16, 16, 3, 5), (2, 3), (1, 2), 0, 2, (2, 1)),
-    ((1, 80, 4, 5), (80, 3, 5, 5), 2, 2, 1, 1, 1),
-    ((1, 3, 12, 70), (3, 1, 3, 3), 1, 1, 0, 3, 1),
-    ((2, 2, 7, 9), (2, 2, 5, 4), (3, 4), (1, 2), 0, 2, (2, 1)),
-)
-
-
 def kernels():
     """Every instantiation, for the tests that compile them all; chains stand for the endless number there can be."""
     from .. import epilogue
@@ -387,5 +377,4 @@ def kernels():
                 for make, transposed in itertools.product((tile_plan, walk_plan), (True, False)):
                     if plan := make(geometry, dtype, transposed, channels_last):
                         yield _store_kernel(plan, IDENTITY.cpp, IDENTITY.params)
-                yield weight_gradient_kernel(tile_weight_gradient_plan(geometry, dtype, channels_last))
         yield _weight_gradient_kernel(dtype)

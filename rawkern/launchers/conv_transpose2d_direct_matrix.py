@@ -9,7 +9,8 @@ import numpy as np
 
 from ..runtime import bfloat16
 from .block_math import uses_tensor_cores
-from .conv_transpose2d_direct_tile import TileAxis, WeightGradientPlan, tile_axes, weight_gradient_kernel
+from .conv_transpose2d_direct_tile import TileAxis, tile_axes
+from .conv_transpose2d_direct_tile_weight_gradient import WeightGradientPlan, weight_gradient_kernel
 from .geometry import Geometry
 
 #: The element types that tensor cores multiply.
