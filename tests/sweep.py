@@ -19,6 +19,7 @@ from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers import conv_transpose2d_direct_tile as tile
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
+from rawkern.launchers import conv_transpose2d_weight_gradient_taps as taps
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.channel_sum import channel_sum
 from rawkern.launchers.conv_transpose2d import (
@@ -132,16 +133,17 @@ def _forget_plans():
 def architecture(name):
     """Kernels are chosen as on a GPU of this architecture, those of warpgroups also where others are faster. A GPU of
     another architecture does so as well as it can: Hopper can leave out the kernels of warpgroups."""
-    kept = Emulator.arch, warpgroup.plan, warpgroup.is_faster
+    kept = Emulator.arch, warpgroup.plan, warpgroup.is_faster, taps.products_for
     try:
         Emulator.arch = name
         warpgroup.is_faster = lambda *_: True
         if name != "sm_90a":
             warpgroup.plan = lambda *_, **__: None
+            taps.products_for = lambda geometry, dtype, precision, _: kept[3](geometry, dtype, precision, name)
         repeat.forget_plans()
         yield
     finally:
-        Emulator.arch, warpgroup.plan, warpgroup.is_faster = kept
+        Emulator.arch, warpgroup.plan, warpgroup.is_faster, taps.products_for = kept
         repeat.forget_plans()
 
 

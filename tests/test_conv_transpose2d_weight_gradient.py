@@ -1,7 +1,8 @@
 """The weight gradient's kernels on arrays: every block, every way of staging, both kinds of tensor-core instructions.
 
 Data of small integers makes every product and sum exact, in TF32, float16 and bfloat16 too, so that results must equal
-the oracle's to the last bit: a pixel that is missed, met twice or met at the wrong tap shows wherever it is.
+the oracle's to the last bit: a pixel that is missed, met twice or met at the wrong tap shows wherever it is. So do
+integers of more bits than TF32 has, on one side, where floats are split.
 """
 
 import itertools
@@ -23,6 +24,14 @@ from rawkern.testing import TF32_ROUNDING, compare
 
 ARCHITECTURES = ("sm_90a", "sm_80")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: (dtype, precision, arch) of every kind of products.
+PRODUCTS = {
+    f"{str(dtype).removeprefix('torch.')} {precision} {arch}": (dtype, precision, arch)
+    for dtype, precision, arch in (
+        *itertools.product(DTYPES, ("tf32",), ARCHITECTURES),
+        (torch.float32, "ieee", "sm_90a"),
+    )
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,8 +96,8 @@ CASES = {
 }
 
 
-def integers(shape, dtype, seed):
-    drawn = np.random.default_rng(seed).integers(-3, 4, shape)
+def integers(shape, dtype, seed, most=3):
+    drawn = np.random.default_rng(seed).integers(-most, most + 1, shape)
     return drawn.astype(bfloat16 if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
 
 
@@ -100,48 +109,54 @@ def oracle(case, x, grad):
     return torch.autograd.grad(y, weight, grad)[0].numpy()
 
 
-def check_exact(case, dtype, layouts):
+def check_exact(case, dtype, layouts, precision="tf32"):
     geometry = Geometry.of(*case)
-    x, grad = integers(geometry.input_shape, dtype, 0), integers(geometry.output_shape, dtype, 1)
-    expected = oracle(case, x, grad)
-    assert taps.serves(geometry, x.dtype, "tf32")
-    result = weight_gradient(layouts[0](x), layouts[1](grad), geometry, precision="tf32")
-    np.testing.assert_array_equal(result.astype("float64"), expected.astype(x.dtype).astype("float64"))
+    for most in ((3, 2500), (2500, 3)) if precision == "ieee" else ((3, 3),):
+        x, grad = integers(geometry.input_shape, dtype, 0, most[0]), integers(geometry.output_shape, dtype, 1, most[1])
+        expected = oracle(case, x, grad)
+        assert taps.products_for(geometry, x.dtype, precision, Emulator.arch)
+        result = weight_gradient(layouts[0](x), layouts[1](grad), geometry, precision=precision)
+        np.testing.assert_array_equal(result.astype("float64"), expected.astype(x.dtype).astype("float64"))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("case", CASES)
-def test_exact(case, dtype, arch, monkeypatch):
+def test_exact(case, products, monkeypatch):
+    dtype, precision, arch = PRODUCTS[products]
     monkeypatch.setattr(Emulator, "arch", arch)
     for layout in ("plain", "channels-last"):
-        check_exact(CASES[case], dtype, (LAYOUTS[layout],) * 2)
+        check_exact(CASES[case], dtype, (LAYOUTS[layout],) * 2, precision)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("products", ["float32 tf32 sm_90a", "float32 ieee sm_90a", "float16 tf32 sm_90a"])
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=" and ".join)
-def test_layouts(layouts, dtype):
+def test_layouts(layouts, products, monkeypatch):
+    dtype, precision, arch = PRODUCTS[products]
+    monkeypatch.setattr(Emulator, "arch", arch)
     case = ((2, 18, 5, 64), (18, 20, 2, 3), 1, 0, 0, 1, 1)
-    check_exact(case, dtype, [LAYOUTS[layout] for layout in layouts])
+    check_exact(case, dtype, [LAYOUTS[layout] for layout in layouts], precision)
 
 
 SHARES = (taps.PIXELS, taps.CHANNELS, taps.WINDOWS, *taps.THREE_TAPS.values())
 BLOCKS = {
-    f"{itemsize * 8} bit, {share}, {block.warpgroups} {block.columns} {block.spread}, {arch}": (
+    f"{itemsize * 8} bit, {share}, {block.products} {block.warpgroups} {block.columns} {block.spread}": (
         itemsize,
-        arch,
         share,
         block,
     )
-    for itemsize, arch, share in itertools.product((4, 2), ARCHITECTURES, SHARES)
-    for block in taps.blocks(itemsize, arch == "sm_90a", share)
+    for products, itemsize in itertools.product((taps.WARP, taps.WARPGROUP, taps.SPLIT), (4, 2))
+    for share in (SHARES if products != taps.SPLIT or itemsize == 4 else ())
+    for block in taps.blocks(itemsize, products, share)
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block(name, monkeypatch):
     """Also where it would not be chosen: several slices, tiles that end within the channels and the taps."""
-    itemsize, arch, share, block = BLOCKS[name]
+    itemsize, share, block = BLOCKS[name]
+    arch, precision = "sm_80" if block.products == taps.WARP else "sm_90a", "tf32"
+    if block.products == taps.SPLIT:
+        precision = "ieee"
     monkeypatch.setattr(Emulator, "arch", arch)
     monkeypatch.setattr(Emulator, "multiprocessors", 400)
     monkeypatch.setattr(taps, "blocks", lambda *_: (block,))
@@ -157,9 +172,9 @@ def test_every_block(name, monkeypatch):
         arrays = layout(integers(geometry.input_shape, dtype, 0)), layout(integers(geometry.output_shape, dtype, 1))
         assert share == taps.PIXELS or taps.share_of(geometry, *arrays) == share
         monkeypatch.setattr(taps, "share_of", lambda *_: share)
-        plan = taps.taps_plan(geometry, itemsize, arch == "sm_90a", share, 400)
+        plan = taps.taps_plan(geometry, itemsize, block.products, share, 400)
         assert plan.block == block and plan.slices > 1 and plan.chunks > 1
-        check_exact(case, dtype, (layout, layout))
+        check_exact(case, dtype, (layout, layout), precision)
     finally:
         taps.taps_plan.cache_clear()
 
@@ -183,13 +198,18 @@ def geometries(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=geometries(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(["plain", "channels-last"]))
-def test_any_geometry(case, dtype, layout):
-    check_exact(case, dtype, (LAYOUTS[layout],) * 2)
+@given(
+    case=geometries(), products=st.sampled_from(sorted(PRODUCTS)), layout=st.sampled_from(["plain", "channels-last"])
+)
+def test_any_geometry(case, products, layout):
+    dtype, precision, arch = PRODUCTS[products]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Emulator, "arch", arch)
+        check_exact(case, dtype, (LAYOUTS[layout],) * 2, precision)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_torch(dtype, device):
+@pytest.mark.parametrize("dtype, precision", [*((dtype, "tf32") for dtype in DTYPES), (torch.float32, "ieee")], ids=str)
+def test_as_accurate_as_torch(dtype, precision, device):
     """Random numbers, against torch's own error; TF32 neither worse than its operands' rounding nor float32."""
     case = ((4, 32, 40, 64), (32, 32, 3, 3), 1, 1, 0, 1, 1)
     geometry = Geometry.of(*case)
@@ -203,21 +223,21 @@ def test_as_accurate_as_torch(dtype, device):
     from rawkern.autograd.dlpack import to_array
 
     arrays = [to_array(tensor.to(device)) for tensor in (x, grad)]
-    weight_gradient(*arrays, geometry, precision="tf32", out=to_array(ours))
-    rounding = TF32_ROUNDING if dtype == torch.float32 else 0.0
+    weight_gradient(*arrays, geometry, precision=precision, out=to_array(ours))
+    rounding = TF32_ROUNDING if dtype == torch.float32 and precision == "tf32" else 0.0
     judged = compare(ours, theirs, exact, dtype, rounding=rounding)
     assert judged.ok, judged.problems
-    if dtype == torch.float32:
+    if rounding:
         assert judged.ours.rms > 1e-5
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("products", [name for name in PRODUCTS if not name.startswith("bfloat16")])
 @pytest.mark.parametrize("layout", ["plain", "channels-last"])
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("stride", (1, 2))
-def test_what_is_not_finite_stays_where_it_belongs(stride, dtype, layout, arch, monkeypatch):
+def test_what_is_not_finite_stays_where_it_belongs(stride, layout, products, monkeypatch):
     """Infinities and NaN of x and gy, in the first and last rows and columns, reach the taps and channels that torch
     says, among them none by way of pixels that are staged to fill a tile."""
+    dtype, precision, arch = PRODUCTS[products]
     monkeypatch.setattr(Emulator, "arch", arch)
     case = ((2, 16, 6, 64), (16, 16, 3, 3), stride, 1, stride - 1, 1, 1)
     geometry = Geometry.of(*case)
@@ -226,7 +246,7 @@ def test_what_is_not_finite_stays_where_it_belongs(stride, dtype, layout, arch, 
         x, grad = integers(shapes["x"], dtype, 0), integers(shapes["gy"], dtype, 1)
         array = x if name == "x" else grad
         array[0, 5, row, column], array[1, 9, row, column] = np.inf, np.nan
-        result = weight_gradient(LAYOUTS[layout](x), LAYOUTS[layout](grad), geometry, precision="tf32")
+        result = weight_gradient(LAYOUTS[layout](x), LAYOUTS[layout](grad), geometry, precision=precision)
         np.testing.assert_array_equal(result.astype("float64"), oracle(case, x, grad).astype(result.dtype))
 
 
@@ -291,12 +311,13 @@ def test_no_images():
     assert not weight_gradient(*arrays, geometry, precision="tf32").any()
 
 
-def test_two_runs_are_bitwise_equal(device):
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_two_runs_are_bitwise_equal(precision, device):
     xp = np if device == "cpu" else pytest.importorskip("cupy")
     geometry = Geometry.of((5, 32, 40, 64), (32, 48, 3, 3))
     rng = np.random.default_rng(0)
     arrays = [xp.asarray(rng.standard_normal(s, "f4")) for s in (geometry.input_shape, geometry.output_shape)]
-    first, second = (weight_gradient(*arrays, geometry, precision="tf32") for _ in range(2))
+    first, second = (weight_gradient(*arrays, geometry, precision=precision) for _ in range(2))
     assert (first == second).all()
 
 
@@ -304,8 +325,12 @@ def test_plans_cover_the_device_with_short_sums():
     """At sizes at which it matters: blocks for every multiprocessor, no sum longer than the limit."""
     for case in (((8, 64, 1024, 1024), (64, 64, 3, 3)), ((128, 64, 64, 64), (64, 128, 4, 4), 2)):
         geometry = Geometry.of(*case)
-        for itemsize, share in ((4, taps.PIXELS), (2, taps.CHANNELS)):
-            plan = taps.taps_plan(geometry, itemsize, True, share, 132)
+        for itemsize, products, share in (
+            (4, taps.WARPGROUP, taps.PIXELS),
+            (4, taps.SPLIT, taps.WINDOWS),
+            (2, taps.WARPGROUP, taps.CHANNELS),
+        ):
+            plan = taps.taps_plan(geometry, itemsize, products, share, 132)
             pixels = geometry.batch * geometry.input_size[0] * geometry.input_size[1]
             rounds = plan.tiles * plan.slices / (132 * plan.block.resident)
             assert rounds >= 0.9 * -(-rounds // 1)

@@ -1,10 +1,14 @@
 // How a warpgroup multiplies two swizzled tiles of shared memory (wgmma.cuh): sum (64 x columns) += left right^T, both
 // with rows of 128 bytes of depth.
 //
-// Two kinds with one interface. WarpProducts uses mma.sync (sm_80 and later): its four warps take 32 rows and half of
+// Three kinds with one interface. WarpProducts uses mma.sync (sm_80 and later): its four warps take 32 rows and half of
 // the columns each; the swizzle spreads a fragment's words over all banks. WarpgroupProducts uses wgmma (sm_90a), whose
 // products are asynchronous: those of one call of multiply() may be under way until the next but one call of
-// await_previous(). Accumulators come in pairs of neighbouring columns: pair i lies in row(i), column(i) and the next.
+// end_step(). SplitWarpgroupProducts does the same with floats in two parts (split_tf32): behind a tile of high parts
+// lies one of as many rows of low ones. low * high + high * low + high * high of one call are summed from zero, the
+// small products first, because the tensor cores cut what they add towards zero; end_step() waits for them and adds
+// them to the total in registers. Accumulators come in pairs of neighbouring columns: pair i lies in row(i), column(i)
+// and the next.
 #pragma once
 #include "block_math.cuh"
 #include "mbarrier.cuh"
@@ -16,7 +20,8 @@ template <class T, int kColumns_>
 struct WarpProducts {
   using Element = T;
   using Operand = typename OperandOf<T>::type;
-  static constexpr bool kAsynchronous = false;
+  static constexpr bool kAsynchronous = false, kSplit = false;
+  static constexpr int kStages = 2;  // of gy's tiles
   static constexpr int kColumns = kColumns_, kPairs = kColumns / 4, kProducts = kColumns / 16;
 
   struct Accumulators {
@@ -30,7 +35,7 @@ struct WarpProducts {
   __device__ static int column(int pair) { return first_column() + pair / 4 * 8 + threadIdx.x % 4 * 2; }
 
   __device__ static void publish() {}
-  __device__ static void await_previous() {}
+  __device__ static void end_step(Accumulators&, bool) {}
   __device__ static void finish(Accumulators&) {}
 
   // The unit's word t of the fragment's row; `row` is that of the lane, whose place within eight rows is the swizzle.
@@ -38,6 +43,8 @@ struct WarpProducts {
     return *reinterpret_cast<const unsigned*>(tile + swizzled(row, unit) + threadIdx.x % 4 * 4);
   }
 
+  // kRows: of the left tile's buffer, from its first row on.
+  template <int kRows>
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
                                   bool active) {
     if (!active) return;
@@ -59,31 +66,40 @@ struct WarpProducts {
   }
 };
 
-template <class T, int kColumns_>
-struct WarpgroupProducts {
-  using Element = T;
-  using Operand = typename OperandOf<T>::type;
+// How a warpgroup's accumulators lie in the registers of its threads.
+template <int kColumns_>
+struct WarpgroupAccumulators {
   static constexpr bool kAsynchronous = true;
   static constexpr int kColumns = kColumns_, kPairs = kColumns / 4;
-
-  struct Accumulators {
-    float value[2 * kPairs];
-    __device__ float& at(int pair, int i) { return value[pair * 2 + i]; }
-  };
 
   __device__ static int row(int pair) { return threadIdx.x / kWarp % 4 * 16 + pair % 2 * 8 + threadIdx.x % kWarp / 4; }
   __device__ static int column(int pair) { return pair / 2 * 8 + threadIdx.x % 4 * 2; }
 
   // Makes what this thread stored visible to the tensor cores, at the barrier that follows.
   __device__ static void publish() { fence_async_proxy(); }
-  __device__ static void await_previous() { wgmma_wait<1>(); }
+};
+
+template <class T, int kColumns_>
+struct WarpgroupProducts : WarpgroupAccumulators<kColumns_> {
+  using Element = T;
+  using Operand = typename OperandOf<T>::type;
+  static constexpr bool kSplit = false;
+  static constexpr int kStages = 3;
+
+  struct Accumulators {
+    float value[kColumns_ / 2];
+    __device__ float& at(int pair, int i) { return value[pair * 2 + i]; }
+  };
+
+  __device__ static void end_step(Accumulators&, bool) { wgmma_wait<1>(); }
   __device__ static void finish(Accumulators& sum) {
     wgmma_wait<0>();
     pin(sum.value);
   }
 
   // Products are committed where they are issued: the assembler closes a group at the end of a basic block by itself,
-  // and await_previous() would count it.
+  // and end_step() would count it.
+  template <int kRows>
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
                                   bool active) {
     if (active) {
@@ -94,8 +110,51 @@ struct WarpgroupProducts {
         wgmma<Operand>(sum.value, advance_descriptor(a, bytes), advance_descriptor(b, bytes));
       wgmma_commit();
     } else {
-      wgmma_wait<0>();  // no group of this call's, by which await_previous() could count
+      wgmma_wait<0>();  // no group of this call's, by which end_step() could count
     }
+  }
+};
+
+template <int kColumns_>
+struct SplitWarpgroupProducts : WarpgroupAccumulators<kColumns_> {
+  using Element = float;
+  static constexpr bool kSplit = true;
+  static constexpr int kStages = 2;
+
+  struct Accumulators {
+    float total[kColumns_ / 2], run[kColumns_ / 2];
+    __device__ float& at(int pair, int i) { return total[pair * 2 + i]; }
+  };
+
+  __device__ static void end_step(Accumulators& sum, bool active) {
+    wgmma_wait<0>();
+    pin(sum.run);
+    if (!active) return;
+#pragma unroll
+    for (int i = 0; i < kColumns_ / 2; ++i) sum.total[i] += sum.run[i];
+  }
+  __device__ static void finish(Accumulators&) {}
+
+  template <int kRows>
+  __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
+                                  bool active) {
+    if (!active) return;
+    constexpr int kLow[3][2] = {{kRows * kSwizzledRow, 0}, {0, kColumns_ * kSwizzledRow}, {0, 0}};
+    uint64 a = matrix_descriptor(left), b = matrix_descriptor(right);
+    wgmma_fence();
+#pragma unroll
+    for (int product = 0; product < 3; ++product) {
+#pragma unroll
+      for (int bytes = 0; bytes < kSwizzledRow; bytes += 32) {
+        uint64 rows = advance_descriptor(a, kLow[product][0] + bytes);
+        uint64 columns = advance_descriptor(b, kLow[product][1] + bytes);
+        if (product == 0 && bytes == 0)
+          wgmma<Tf32, false>(sum.run, rows, columns);
+        else
+          wgmma<Tf32>(sum.run, rows, columns);
+      }
+    }
+    wgmma_commit();
   }
 };
 

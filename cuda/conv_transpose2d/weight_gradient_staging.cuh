@@ -1,8 +1,9 @@
 // How a block brings the rows of an operand of the weight gradient from global memory into a swizzled tile.
 //
 // A tile has one row of 128 bytes for each channel (of x), or for each pair of a tap and a channel (of gy); along it
-// lie the 32 words of a strip of pixels: one TF32 value each, rounded here, or two 16-bit values. What does not exist
-// is zero. Ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
+// lie the 32 words of a strip of pixels: one TF32 value each, rounded here, or two 16-bit values. Floats that are split
+// (kSplit) make two such tiles, of their high parts and, behind it, of their low ones. What does not exist is zero.
+// Ways to share the tile out, each with a class for the rows of x (Input) and of gy (GradOutput):
 //     AlongPixels    a warp has several rows, a lane a word of each. Any strides.
 //     AlongChannels  a lane has a row (two rows of 16-bit values, read as one word, for which channels must be
 //                    neighbours in memory), a warp 16 bytes of each.
@@ -78,8 +79,29 @@ struct WordOfPixels {
 template <>
 struct WordOfPixels<float> {
   static constexpr int kPack = 1;
-  __device__ static unsigned make(const unsigned (&bits)[1]) { return tf32_operand(__uint_as_float(bits[0])); }
+  __device__ static unsigned make(const unsigned (&bits)[1]) { return bits[0]; }
 };
+
+// Of words as they were read, the words to stage, by put(words, tile): once, or of a split tile's `kRows` rows twice.
+template <class T, bool kSplit, int kRows, int kCount, class Put>
+__device__ inline void put_parts(const unsigned (&words)[kCount], unsigned char* tile, Put put) {
+  if constexpr (kSplit) {
+    float values[kCount];
+    unsigned high[kCount], low[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __uint_as_float(words[i]);
+    split_tf32(values, high, low);
+    put(high, tile);
+    put(low, tile + kRows * kSwizzledRow);
+  } else if constexpr (WordOfPixels<T>::kPack == 1) {
+    unsigned staged[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) staged[i] = tf32_operand(__uint_as_float(words[i]));
+    put(staged, tile);
+  } else {
+    put(words, tile);
+  }
+}
 
 // An address that walks in equal steps, counted in bytes, which takes an addition where an index takes two shifts more.
 template <class T>
@@ -113,7 +135,7 @@ struct NothingKept {
   __device__ void begin(const Rows&, int, const Strip&, int) {}
 };
 
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct PixelRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kEach = shares_of_warp(kRows, kWarps);
   static_assert(kRows % kEach == 0 && (16 % kEach == 0 || kEach % 16 == 0), "a warp's rows belong to one tap");
@@ -160,14 +182,25 @@ struct PixelRows : NothingKept {
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp * kEach >= kRows) return;
+    unsigned words[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      *reinterpret_cast<unsigned*>(tile + swizzled(warp * kEach + i, lane / 4) + lane % 4 * 4) =
-          WordOfPixels<T>::make(bits[i]);
+    for (int i = 0; i < kEach; ++i) words[i] = WordOfPixels<T>::make(bits[i]);
+    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kEach], unsigned char* to) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        *reinterpret_cast<unsigned*>(to + swizzled(warp * kEach + i, lane / 4) + lane % 4 * 4) = staged[i];
+    });
   }
 };
 
-template <class T, int kRows, int kWarps>
+__device__ inline void put_unit(const unsigned (&words)[4], unsigned char* to) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unit.words[i] = words[i];
+  *reinterpret_cast<Unit*>(to) = unit;
+}
+
+template <class T, bool kSplit, int kRows, int kWarps>
 struct ChannelRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kBlock = kWarp * kPack, kUnits = 8, kRun = 4 * kPack;
   static constexpr int kItems = int(ceil_div(kRows, kBlock)) * kUnits, kEach = shares_of_warp(kItems, kWarps);
@@ -212,10 +245,10 @@ struct ChannelRows : NothingKept {
       int half = k ^ later;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        Words<unsigned, 4> unit;
+        unsigned words[4];
 #pragma unroll
-        for (int word = 0; word < 4; ++word) unit.at[word] = word_at(bits[i], word, half);
-        *reinterpret_cast<Words<unsigned, 4>*>(tile + swizzled(row + half, item % kUnits + i)) = unit;
+        for (int word = 0; word < 4; ++word) words[word] = word_at(bits[i], word, half);
+        put_parts<T, kSplit, kRows>(words, tile + swizzled(row + half, item % kUnits + i), put_unit);
       }
     }
   }
@@ -223,23 +256,14 @@ struct ChannelRows : NothingKept {
   // A word of pixels of one channel, from the words of two channels that were read.
   __device__ static unsigned word_at(const unsigned (&read)[kRun], int word, int half) {
     if constexpr (kPack == 1)
-      return WordOfPixels<T>::make({read[word]});
+      return read[word];
     else
       return __byte_perm(read[2 * word], read[2 * word + 1], half ? 0x7632 : 0x5410);
   }
 };
 
-// Of a word as it was read, the word to stage.
-template <class T>
-__device__ inline unsigned staged_word(unsigned word) {
-  if constexpr (WordOfPixels<T>::kPack == 1)
-    return WordOfPixels<T>::make({word});
-  else
-    return word;
-}
-
 // Rows of x by words of neighbouring pixels: of the warps that take part, each has every eighth row, with one swizzle.
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct WordRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kSharers = 8, kEach = kRows / kSharers;
   static_assert(kWarps >= kSharers, "every row has its warp");
@@ -261,21 +285,22 @@ struct WordRows : NothingKept {
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     int lane = threadIdx.x % kWarp;
     if (warp >= kSharers) return;
-    unsigned char* to = tile + swizzled(warp, lane / 4) + lane % 4 * 4;
+    tile += swizzled(warp, lane / 4) + lane % 4 * 4;
+    put_parts<T, kSplit, kRows>(words, tile, [](const unsigned (&staged)[kEach], unsigned char* to) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      *reinterpret_cast<unsigned*>(to + i * kSharers * kSwizzledRow) = staged_word<T>(words[i]);
+      for (int i = 0; i < kEach; ++i) *reinterpret_cast<unsigned*>(to + i * kSharers * kSwizzledRow) = staged[i];
+    });
   }
 };
 
 // Rows of gy, two taps or more in a tile: of each channel, 64 words (of 16-bit values, from an even column on). A tap
 // that is `shift` pixels on sees them from word shift / kPack on, and if there is half a word left, words that
 // straddle.
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct WindowRows : NothingKept {
   static constexpr int kPack = WordOfPixels<T>::kPack, kEach = int(ceil_div(kRows / 2, kWarps));
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
-  unsigned words[kEach][2];
+  unsigned words[2 * kEach];
 
   __device__ static int taps(const TileRows<T>& rows) { return rows.tap(kRows - 1) + 1; }
 
@@ -291,20 +316,20 @@ struct WindowRows : NothingKept {
     Address<T> from(start, rows.channel_stride * kWarps);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      words[i][0] = i * kWarps < left ? from.word() : 0;
-      words[i][1] = i * kWarps < more_left ? from.word(32) : 0;
+      words[2 * i] = i * kWarps < left ? from.word() : 0;
+      words[2 * i + 1] = i * kWarps < more_left ? from.word(32) : 0;
       from.advance();
     }
   }
 
   __device__ void store(const TileRows<T>& rows, unsigned char* tile, int warp, const RowSteps&) const {
+    auto put = [&](const unsigned (&staged)[2 * kEach], unsigned char* to) { put_taps(rows, staged, to, warp); };
+    put_parts<T, kSplit, kRows>(words, tile + warp * kSwizzledRow, put);
+  }
+
+  __device__ static void put_taps(const TileRows<T>& rows, const unsigned (&staged)[2 * kEach], unsigned char* tile,
+                                  int warp) {
     int lane = threadIdx.x % kWarp, count = taps(rows), tap_rows = rows.tap_rows, dilation = rows.dilation;
-    unsigned staged[kEach][2];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) staged[i][k] = staged_word<T>(words[i][k]);
-    tile += warp * kSwizzledRow;
 #pragma unroll 1
     for (int tap = 0, shift = rows.odd; tap < count; ++tap, shift += dilation, tile += tap_rows * kSwizzledRow) {
       int distance = shift / kPack, to = (lane - distance) & (kWarp - 1);
@@ -318,14 +343,14 @@ struct WindowRows : NothingKept {
 
   // This lane's words of one tap, of `left` channels from the warp's first.
   template <bool kStraddles>
-  __device__ static void put(const unsigned (&staged)[kEach][2], int distance, unsigned char* even, unsigned char* odd,
+  __device__ static void put(const unsigned (&staged)[2 * kEach], int distance, unsigned char* even, unsigned char* odd,
                              int left) {
     int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      unsigned word = lane < distance ? staged[i][1] : staged[i][0];
+      unsigned here = staged[2 * i], further = staged[2 * i + 1], word = lane < distance ? further : here;
       if constexpr (kStraddles)
-        word = word >> 16 | __shfl_sync(kFullMask, lane <= distance ? staged[i][1] : staged[i][0], lane + 1) << 16;
+        word = word >> 16 | __shfl_sync(kFullMask, lane <= distance ? further : here, lane + 1) << 16;
       unsigned char* to = (i * kWarps & 4 ? odd : even) + i * kWarps * kSwizzledRow;
       if (i * kWarps < left) *reinterpret_cast<unsigned*>(to) = word;
     }
@@ -334,7 +359,7 @@ struct WindowRows : NothingKept {
 
 // Rows of x, 16 bytes at a time: of the last eight warps each takes four rows of every 32, a lane the same unit of
 // each.
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct UnitRows {
   static constexpr int kSharers = 8, kApart = kSharers * 4, kEach = kRows / kApart, kFirst = kWarps - kSharers;
   static_assert(kFirst >= 0 && kRows % kApart == 0, "every row has its warp");
@@ -368,12 +393,8 @@ struct UnitRows {
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
     if (warp < kFirst) return;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      Words<unsigned, 4> unit;
-#pragma unroll
-      for (int word = 0; word < 4; ++word) unit.at[word] = staged_word<T>(units[i].at[word]);
-      *reinterpret_cast<Words<unsigned, 4>*>(tile + place + i * kApart * kSwizzledRow) = unit;
-    }
+    for (int i = 0; i < kEach; ++i)
+      put_parts<T, kSplit, kRows>(units[i].at, tile + place + i * kApart * kSwizzledRow, put_unit);
   }
 };
 
@@ -381,13 +402,13 @@ struct UnitRows {
 // sees it (of 16-bit values, from an even column on); `more` are words from the strip's last one on, of all channels,
 // four lanes for each. A tap that is `shift` pixels on sees the words shift / kPack further on, and if there is half a
 // word left, words that straddle, of which the last needs the first of `more`'s.
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct ThreeTapRows {
   static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps, kMore = 4;
   static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
   static_assert(kEach * kMore <= kWarp, "the warp's lanes suffice for what is beyond the strip");
-  unsigned words[kEach], more;
+  unsigned words[kEach + 1];  // the last: of `more`
   uint64 at, more_at;
   int left;               // channels that exist, from the warp's first on
   int later, more_place;  // of `more`: how many words after the strip's last (many: none), and where that one goes
@@ -416,29 +437,29 @@ struct ThreeTapRows {
       words[i] = i * kWarps < channels ? read_only(reinterpret_cast<const unsigned*>(from)) : 0;
       from += apart;
     }
-    more = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    words[kEach] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
     at += steps.next;
     more_at += steps.next;
   }
 
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
-    if (kPack == 2 && steps.odd)
-      put<kPack - 1>(tile, warp);
-    else
-      put<0>(tile, warp);
+    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kEach + 1], unsigned char* to) {
+      if (kPack == 2 && steps.odd)
+        put<kPack - 1>(staged, to, warp);
+      else
+        put<0>(staged, to, warp);
+    });
   }
 
   template <int kOdd>
-  __device__ void put(unsigned char* tile, int warp) const {
+  __device__ void put(const unsigned (&whole)[kEach + 1], unsigned char* tile, int warp) const {
     constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
     int lane = threadIdx.x % kWarp, swizzle = warp & 7;
     bool has_last = kLast >= kWarps || opaque(warp) < kLast;
-    unsigned whole[kEach + 1], straddling[kEach + 1];  // the last: of `more`
+    unsigned straddling[kEach + 1];
 #pragma unroll
-    for (int i = 0; i <= kEach; ++i) {
-      whole[i] = staged_word<T>(i < kEach ? words[i] : more);
-      if (kPack == 2) straddling[i] = __byte_perm(whole[i], __shfl_sync(kFullMask, whole[i], lane + 1), 0x5432);
-    }
+    for (int i = 0; kPack == 2 && i <= kEach; ++i)
+      straddling[i] = __byte_perm(whole[i], __shfl_sync(kFullMask, whole[i], lane + 1), 0x5432);
     // All lanes store, which takes fewer instructions; where one has no word of this tap, `more`'s come after it.
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
@@ -468,12 +489,12 @@ struct ThreeTapRows {
 // which the first two taps take, and the third takes the next lane's first one. Of 16-bit values, a word of pixels is
 // made of halves of two such words: of both of the lane's, or of its second and the next lane's first. What the last
 // lane needs, `more`, a lane has for each channel.
-template <class T, int kRows, int kWarps>
+template <class T, bool kSplit, int kRows, int kWarps>
 struct ThreeTapStride2Rows {
   static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps;
   static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
-  unsigned words[kEach][2], more;
+  unsigned words[2 * kEach + 1];  // the last: of `more`
   uint64 at, more_at;
   int left[2];  // channels of which the lane's words exist, from the warp's first on
   bool more_exists;
@@ -498,41 +519,39 @@ struct ThreeTapStride2Rows {
     for (int i = 0; i < kEach; ++i) {
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        words[i][k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
+        words[2 * i + k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
       from += apart;
     }
-    more = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    words[2 * kEach] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
     at += steps.next;
     more_at += steps.next;
   }
 
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
-    if (kPack == 2 && steps.odd)
-      put<kPack - 1>(tile, warp);
-    else
-      put<0>(tile, warp);
+    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[2 * kEach + 1], unsigned char* to) {
+      if (kPack == 2 && steps.odd)
+        put<kPack - 1>(staged, to, warp);
+      else
+        put<0>(staged, to, warp);
+    });
   }
 
   template <int kOdd>
-  __device__ void put(unsigned char* tile, int warp) const {
+  __device__ void put(const unsigned (&staged)[2 * kEach + 1], unsigned char* tile, int warp) const {
     constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
     int lane = threadIdx.x % kWarp, place = warp * kSwizzledRow + ((lane / 4 ^ (warp & 7)) << 4) + lane % 4 * 4;
     bool has_last = kLast >= kWarps || opaque(warp) < kLast;
     unsigned char *even = tile + place, *odd_row = tile + (place ^ 64);
-    unsigned own[kEach][2], next[kEach], beyond = staged_word<T>(more);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) own[i][k] = staged_word<T>(words[i][k]);
+    unsigned next[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {  // all before the first store, so that they do not wait for each other
-      next[i] = __shfl_sync(kFullMask, own[i][0], lane + 1);
-      unsigned last = __shfl_sync(kFullMask, beyond, i);
+      next[i] = __shfl_sync(kFullMask, staged[2 * i], lane + 1);
+      unsigned last = __shfl_sync(kFullMask, staged[2 * kEach], i);
       if (lane == kWarp - 1) next[i] = last;
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      unsigned first = own[i][0], second = own[i][1], third = next[i];
+      unsigned first = staged[2 * i], second = staged[2 * i + 1], third = next[i];
       unsigned of_tap[kTaps] = {first, second, third};
       if (kPack == 2) {
         of_tap[kOdd ? 1 : 2] = __byte_perm(second, third, 0x5410);
@@ -629,12 +648,13 @@ struct LineRequests {
 };
 
 // A way to share out a tile.
-template <template <class, int, int> class InputRows, template <class, int, int> class GradOutputRows, class Kind>
+template <template <class, bool, int, int> class InputRows, template <class, bool, int, int> class GradOutputRows,
+          class Kind>
 struct Sharing {
-  template <class T, int kRows, int kWarps>
-  using Input = InputRows<T, kRows, kWarps>;
-  template <class T, int kRows, int kWarps>
-  using GradOutput = GradOutputRows<T, kRows, kWarps>;
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using Input = InputRows<T, kSplit, kRows, kWarps>;
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using GradOutput = GradOutputRows<T, kSplit, kRows, kWarps>;
   template <class T, int kRows, int kThreads>
   using Requests = rawkern::Requests<Kind, T, kRows, kThreads>;
 };

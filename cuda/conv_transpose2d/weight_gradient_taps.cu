@@ -17,7 +17,8 @@
 // [slice][group][tap][row][column] are added in order by SumSlices (weight_gradient.cu): two runs agree bit for bit.
 //
 // x outside the image is left out. gy outside is zero, as in torch, where x is multiplied by that zero: an infinity
-// there gives NaN. Meant for sm_80 and later with WarpProducts, for sm_90a with WarpgroupProducts.
+// there gives NaN. Meant for sm_80 and later with WarpProducts, for sm_90a with WarpgroupProducts, and with
+// SplitWarpgroupProducts for full float32 there.
 #include "weight_gradient_staging.cuh"
 
 namespace rawkern {
@@ -102,19 +103,21 @@ struct WeightGradientTaps {
   static constexpr int kColumns = Products::kColumns, kTaps = kWarpgroups / kSpread, kRows = 64 * kSpread;
   static constexpr int kMinBlocks = 1;
   static constexpr int kPixels = kWarp * WordOfPixels<T>::kPack;
-  static constexpr int kStages = Products::kAsynchronous ? 3 : 2, kSlots = kTaps + kStages - 1;
+  static constexpr int kStages = Products::kStages, kSlots = kTaps + kStages - 1;
+  static constexpr bool kSplit = Products::kSplit;
+  static constexpr int kParts = kSplit ? 2 : 1;
 
   struct alignas(1024) Storage {
-    unsigned char stage[kStages][kColumns * kSwizzledRow];  // of gy
-    unsigned char slot[kSlots][kRows * kSwizzledRow];       // of x
-    Strip2d<kPixels> strip[2][2];                           // of every other unit; of x and of gy
+    unsigned char stage[kStages][kParts * kColumns * kSwizzledRow];  // of gy
+    unsigned char slot[kSlots][kParts * kRows * kSwizzledRow];       // of x
+    Strip2d<kPixels> strip[2][2];                                    // of every other unit; of x and of gy
     TileRows<T> x, y;
   };
 
   // What waits in registers.
   struct Staged {
-    typename Share::template Input<T, kRows, kWarps> x;
-    typename Share::template GradOutput<T, kColumns, kWarps> y;
+    typename Share::template Input<T, kSplit, kRows, kWarps> x;
+    typename Share::template GradOutput<T, kSplit, kColumns, kWarps> y;
     typename Share::template Requests<T, kRows, kThreads> requests;
   };
 
@@ -217,11 +220,11 @@ struct WeightGradientTaps {
       const unsigned char* y = shared.stage[stage];
       bool multiplies = (now & kMultiplies) != 0;
       __syncthreads();
-      if (Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
+      if (Products::kAsynchronous) Products::template multiply<kRows>(sum, x, y, multiplies);
       store(staged, next, shared, next_stage, next_slot, warp, steps);
       now = next, next = uniform(load_next());
-      if (!Products::kAsynchronous) Products::multiply(sum, x, y, multiplies);
-      Products::await_previous();
+      if (!Products::kAsynchronous) Products::template multiply<kRows>(sum, x, y, multiplies);
+      Products::end_step(sum, multiplies);
       stage = next_stage, slot = next_slot;
     }
     Products::finish(sum);

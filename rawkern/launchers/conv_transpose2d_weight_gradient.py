@@ -95,7 +95,8 @@ def _partials(queue, geometry, precision, input, grad_output):
     They come from the first family of kernels that serves the problem, for every caller the same:
     1. conv_transpose2d_direct: few channels per group, of which a large tile would be mostly padding. The smallest
        products of the tensor cores (conv_transpose2d_direct_matrix), or plain multiply-adds.
-    2. conv_transpose2d_weight_gradient_taps, many taps from one staged tile: 16-bit types, and float32 in TF32.
+    2. conv_transpose2d_weight_gradient_taps, many taps from one staged tile: 16-bit types, and float32 in TF32 or, on
+       Hopper, in full.
     3. weight_gradient.cu, one tap per block: everything.
     """
     dtype, device = input.dtype, queue.device
@@ -103,9 +104,9 @@ def _partials(queue, geometry, precision, input, grad_output):
     if few := direct.direct_weight_gradient_plan(*arguments):
         return direct.weight_gradient_partials(queue, few, geometry, input, grad_output)
     weights = math.prod(geometry.weight_shape)
-    if taps.serves(geometry, dtype, check_precision(precision)):
+    if products := taps.products_for(geometry, dtype, check_precision(precision), device.arch):
         share = taps.share_of(geometry, input, grad_output)
-        plan = taps.taps_plan(geometry, dtype.itemsize, device.arch == "sm_90a", share, device.multiprocessors)
+        plan = taps.taps_plan(geometry, dtype.itemsize, products, share, device.multiprocessors)
         partial = queue.empty((plan.slices, weights), np.dtype("float32"))
         taps.launch(queue, input, grad_output, geometry, plan, share, partial)
         return partial

@@ -48,6 +48,9 @@ _PARAMS = runtime.params(
 #: The element types that tensor cores multiply.
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
+#: How a warpgroup multiplies (weight_gradient_products.cuh): by mma.sync, by wgmma (sm_90a), by wgmma in full float32.
+WARP, WARPGROUP, SPLIT = "WarpProducts", "WarpgroupProducts", "SplitWarpgroupProducts"
+
 #: Longest sum of products that one block forms before partial sums are combined in double, in pixels.
 SLICE_PIXELS = 16384
 #: Memory that the partial sums may take, in bytes; larger weights get fewer, longer slices.
@@ -60,6 +63,8 @@ _MOST_CHUNKS = 32
 _ROWS, _ROW_BYTES = 64, 128
 #: Pixels that the last tap of a window may lie beyond the first: a window has 64 words.
 _WINDOW = 32
+#: Clocks of a step in which nothing is multiplied, also where a step waits for its sums.
+_BETWEEN, _SPLIT_BETWEEN = 100, 250
 #: What one multiprocessor of an H200 does in a clock: words of depth times products; bytes between registers, L1 and
 #: shared memory; bytes from the L2 cache.
 _PRODUCTS, _SHARED_BYTES, _L2_BYTES = 1024, 128, 27
@@ -70,14 +75,14 @@ class Block:
     """One shape of a block: see WeightGradientTaps.
 
     Attributes:
+        products: WARP, WARPGROUP or SPLIT.
         warpgroups, columns, spread: kWarpgroups, kColumns, kSpread.
-        asynchronous: wgmma (sm_90a) instead of mma.sync.
     """
 
+    products: str
     warpgroups: int
     columns: int
     spread: int
-    asynchronous: bool
 
     @property
     def taps(self):
@@ -94,11 +99,17 @@ class Block:
     @property
     def resident(self):
         """Blocks that are on a multiprocessor at a time, as their registers allow."""
-        return 2 if self.threads * (self.columns // 2 + 70) <= 32768 else 1
+        sums = self.columns // 2 * (2 if self.products == SPLIT else 1)
+        return 2 if self.threads * (sums + 70) <= 32768 else 1
+
+    def cpp(self, dtype):
+        arguments = f"{self.columns}" if self.products == SPLIT else f"{cpp_type(dtype)}, {self.columns}"
+        return f"{self.products}<{arguments}>, {self.warpgroups}, {self.spread}"
 
     def shared_bytes(self, pixels):
-        stages = 3 if self.asynchronous else 2
+        stages = 3 if self.products == WARPGROUP else 2
         tiles = stages * self.columns + (self.taps + stages - 1) * self.rows
+        tiles *= 2 if self.products == SPLIT else 1
         strips, rows = 2 * 2 * pixels * 12, 2 * 80
         return -(-(tiles * _ROW_BYTES + strips + rows) // 1024) * 1024
 
@@ -115,18 +126,20 @@ _UNIT_ROWS = 32
 
 
 @functools.cache
-def blocks(itemsize, asynchronous, share):
+def blocks(itemsize, products, share):
     """The blocks there are: those whose values fit into registers and shared memory."""
     too_large = set()
-    if not asynchronous:
+    if products == WARP:
         too_large |= {(3, 192, 1), (2, 256, 2)}
+    if products == SPLIT:
+        too_large |= {(3, 192, 1), (2, 256, 1), (2, 256, 2)}
     if share == PIXELS and itemsize == 2:
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
     if share in THREE_TAPS.values():
         too_large |= {shape for shape in _SHAPES if shape[0] != 3}
-    return tuple(Block(*shape, asynchronous) for shape in _SHAPES if shape not in too_large)
+    return tuple(Block(products, *shape) for shape in _SHAPES if shape not in too_large)
 
 
 @dataclass(frozen=True)
@@ -154,10 +167,15 @@ class TapsPlan:
         return math.prod(self.tap_tiles) * self.row_tiles * self.column_tiles
 
 
-def serves(geometry, dtype, precision):
-    """Whether this is the kernel for a geometry: tensor cores are asked for and channels enough to fill them."""
+def products_for(geometry, dtype, precision, arch):
+    """How tensor cores multiply a geometry's values; None if they do not: channels too few to fill them, float64, or
+    full float32 before Hopper."""
     per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    return uses_tensor_cores(dtype, precision) and min(per_group) >= 16 and geometry.batch > 0
+    if min(per_group) < 16 or geometry.batch == 0:
+        return None
+    if uses_tensor_cores(dtype, precision):
+        return WARPGROUP if arch == "sm_90a" else WARP
+    return SPLIT if dtype == np.float32 and arch == "sm_90a" else None
 
 
 def share_of(geometry, input, grad_output):
@@ -195,10 +213,10 @@ def _whole_words(array, strides, axis):
 
 
 @functools.lru_cache(maxsize=4096)
-def taps_plan(geometry, itemsize, asynchronous, share, multiprocessors):
-    """The plan for a geometry and 16- or 32-bit elements; `asynchronous`: the device knows wgmma."""
+def taps_plan(geometry, itemsize, products, share, multiprocessors):
+    """The plan for a geometry and 16- or 32-bit elements."""
     candidates = [
-        (block, taps) for block in blocks(itemsize, asynchronous, share) for taps in _tile_taps(geometry, block, share)
+        (block, taps) for block in blocks(itemsize, products, share) for taps in _tile_taps(geometry, block, share)
     ]
     block, tile_taps = min(candidates, key=lambda candidate: _cost(geometry, *candidate))
     return _sliced(geometry, block, tile_taps, _ROW_BYTES // itemsize, multiprocessors)
@@ -239,10 +257,13 @@ def _cost(geometry, block, tile_taps):
     _, tap_tiles_h, tap_tiles_w, row_tiles, column_tiles = _tiling(geometry, block, tile_taps)
     tiles = tap_tiles_h * tap_tiles_w * row_tiles * column_tiles
     used = geometry.kernel[0] * tap_tiles_w * row_tiles * block.spread * column_tiles  # products of warpgroups
-    products = used * _ROWS * block.columns * 32 / _PRODUCTS
-    read = used * (_ROWS + block.columns) + 2 * tiles * (block.rows + block.columns)
+    split = block.products == SPLIT
+    products = (3 if split else 1) * used * _ROWS * block.columns * 32 / _PRODUCTS
+    staged = tiles * (block.rows + block.columns)
+    read = (3 if split else 1) * used * (_ROWS + block.columns) + (3 if split else 2) * staged
     distinct = block.columns // tile_taps * min(geometry.stride[1], 8) + block.rows
-    return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + tiles * 100
+    between = tiles * (_SPLIT_BETWEEN if split else _BETWEEN)
+    return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + between
 
 
 def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
@@ -336,11 +357,10 @@ def launch(queue, input, grad_output, geometry, plan, share, partial):
 
 @functools.cache
 def _kernel(dtype, block, share):
-    products = f"{'Warpgroup' if block.asynchronous else 'Warp'}Products<{cpp_type(dtype)}, {block.columns}>"
     return Kernel(
         "conv_transpose2d_weight_gradient_taps",
         "conv_transpose2d/weight_gradient_taps.cu",
-        f"WeightGradientTaps<{products}, {block.warpgroups}, {block.spread}, {share}>",
+        f"WeightGradientTaps<{block.cpp(dtype)}, {share}>",
         block.threads,
         _PARAMS,
         shared_bytes=block.shared_bytes(_ROW_BYTES // dtype.itemsize),
@@ -349,7 +369,8 @@ def _kernel(dtype, block, share):
 
 def kernels():
     """Every instantiation, for the tests that compile them all."""
-    for dtype, asynchronous in itertools.product(DTYPES, (False, True)):
+    for dtype, products in itertools.product(DTYPES, (WARP, WARPGROUP, SPLIT)):
         for share in (PIXELS, CHANNELS, WINDOWS, *THREE_TAPS.values()):
-            for block in blocks(dtype.itemsize, asynchronous, share):
-                yield _kernel(dtype, block, share)
+            for block in blocks(dtype.itemsize, products, share):
+                if products != SPLIT or dtype == np.float32:
+                    yield _kernel(dtype, block, share)
