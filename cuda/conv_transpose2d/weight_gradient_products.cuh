@@ -3,12 +3,12 @@
 //
 // Three kinds with one interface. WarpProducts uses mma.sync (sm_80 and later): its four warps take 32 rows and half of
 // the columns each; the swizzle spreads a fragment's words over all banks. WarpgroupProducts uses wgmma (sm_90a), whose
-// products are asynchronous: those of one call of multiply() may be under way until the next but one call of
-// end_step(). SplitWarpgroupProducts does the same with floats in two parts (split_tf32): behind a tile of high parts
-// lies one of as many rows of low ones. low * high + high * low + high * high of one call are summed from zero, the
-// small products first, because the tensor cores cut what they add towards zero; end_step() waits for them and adds
-// them to the total in registers. Accumulators come in pairs of neighbouring columns: pair i lies in row(i), column(i)
-// and the next.
+// products are asynchronous: those of one step may be under way until the end of the next. SplitWarpgroupProducts does
+// the same with floats in two parts (split_tf32): behind a tile of high parts lies one of as many rows of low ones. A
+// step's low * high + high * low + high * high are summed from zero, the small products first, because the tensor cores
+// cut what they add towards zero; the next step adds them to the total in registers. multiply() does the halves kFirst
+// to kLast of a step's products, end_step() is called after them. Accumulators come in pairs of neighbouring columns:
+// pair i lies in row(i), column(i) and the next.
 #pragma once
 #include "block_math.cuh"
 #include "mbarrier.cuh"
@@ -22,7 +22,7 @@ struct WarpProducts {
   using Operand = typename OperandOf<T>::type;
   static constexpr bool kAsynchronous = false, kSplit = false;
   static constexpr int kStages = 2;  // of gy's tiles
-  static constexpr int kColumns = kColumns_, kPairs = kColumns / 4, kProducts = kColumns / 16;
+  static constexpr int kColumns = kColumns_, kPairs = kColumns / 4, kProducts = kColumns / 16, kHalves = 1;
 
   struct Accumulators {
     float value[2][kProducts][4];
@@ -35,7 +35,7 @@ struct WarpProducts {
   __device__ static int column(int pair) { return first_column() + pair / 4 * 8 + threadIdx.x % 4 * 2; }
 
   __device__ static void publish() {}
-  __device__ static void end_step(Accumulators&, bool) {}
+  __device__ static void end_step() {}
   __device__ static void finish(Accumulators&) {}
 
   // The unit's word t of the fragment's row; `row` is that of the lane, whose place within eight rows is the swizzle.
@@ -43,8 +43,8 @@ struct WarpProducts {
     return *reinterpret_cast<const unsigned*>(tile + swizzled(row, unit) + threadIdx.x % 4 * 4);
   }
 
-  // kRows: of the left tile's buffer, from its first row on.
-  template <int kRows>
+  // All products, of which there are no halves; kRows: of the buffer that the left tile lies in.
+  template <int kRows, int kFirst, int kLast>
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
                                   bool active) {
     if (!active) return;
@@ -70,7 +70,8 @@ struct WarpProducts {
 template <int kColumns_>
 struct WarpgroupAccumulators {
   static constexpr bool kAsynchronous = true;
-  static constexpr int kColumns = kColumns_, kPairs = kColumns / 4;
+  static constexpr int kStages = 3;
+  static constexpr int kColumns = kColumns_, kPairs = kColumns / 4, kHalves = 2;
 
   __device__ static int row(int pair) { return threadIdx.x / kWarp % 4 * 16 + pair % 2 * 8 + threadIdx.x % kWarp / 4; }
   __device__ static int column(int pair) { return pair / 2 * 8 + threadIdx.x % 4 * 2; }
@@ -84,14 +85,13 @@ struct WarpgroupProducts : WarpgroupAccumulators<kColumns_> {
   using Element = T;
   using Operand = typename OperandOf<T>::type;
   static constexpr bool kSplit = false;
-  static constexpr int kStages = 3;
 
   struct Accumulators {
     float value[kColumns_ / 2];
     __device__ float& at(int pair, int i) { return value[pair * 2 + i]; }
   };
 
-  __device__ static void end_step(Accumulators&, bool) { wgmma_wait<1>(); }
+  __device__ static void end_step() { wgmma_wait<1>(); }
   __device__ static void finish(Accumulators& sum) {
     wgmma_wait<0>();
     pin(sum.value);
@@ -99,14 +99,14 @@ struct WarpgroupProducts : WarpgroupAccumulators<kColumns_> {
 
   // Products are committed where they are issued: the assembler closes a group at the end of a basic block by itself,
   // and end_step() would count it.
-  template <int kRows>
+  template <int kRows, int kFirst, int kLast>
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
                                   bool active) {
     if (active) {
       uint64 a = matrix_descriptor(left), b = matrix_descriptor(right);
       wgmma_fence();
 #pragma unroll
-      for (int bytes = 0; bytes < kSwizzledRow; bytes += 32)
+      for (int bytes = kFirst * kSwizzledRow / 2; bytes < kLast * kSwizzledRow / 2; bytes += 32)
         wgmma<Operand>(sum.value, advance_descriptor(a, bytes), advance_descriptor(b, bytes));
       wgmma_commit();
     } else {
@@ -119,40 +119,41 @@ template <int kColumns_>
 struct SplitWarpgroupProducts : WarpgroupAccumulators<kColumns_> {
   using Element = float;
   static constexpr bool kSplit = true;
-  static constexpr int kStages = 2;
 
   struct Accumulators {
     float total[kColumns_ / 2], run[kColumns_ / 2];
+    bool pending = false;  // whether there is a run that is not in the total
     __device__ float& at(int pair, int i) { return total[pair * 2 + i]; }
   };
 
-  __device__ static void end_step(Accumulators& sum, bool active) {
+  __device__ static void end_step() {}
+  __device__ static void finish(Accumulators& sum) {
     wgmma_wait<0>();
     pin(sum.run);
-    if (!active) return;
+    if (!sum.pending) return;
 #pragma unroll
     for (int i = 0; i < kColumns_ / 2; ++i) sum.total[i] += sum.run[i];
   }
-  __device__ static void finish(Accumulators&) {}
 
-  template <int kRows>
+  template <int kRows, int kFirst, int kLast>
   __device__ static void multiply(Accumulators& sum, const unsigned char* left, const unsigned char* right,
                                   bool active) {
-    if (!active) return;
     constexpr int kLow[3][2] = {{kRows * kSwizzledRow, 0}, {0, kColumns_ * kSwizzledRow}, {0, 0}};
+    constexpr int kUnits = kSwizzledRow / 32;
+    if (kFirst == 0) finish(sum);
+    sum.pending = active;
+    if (!active) return;
     uint64 a = matrix_descriptor(left), b = matrix_descriptor(right);
     wgmma_fence();
 #pragma unroll
-    for (int product = 0; product < 3; ++product) {
-#pragma unroll
-      for (int bytes = 0; bytes < kSwizzledRow; bytes += 32) {
-        uint64 rows = advance_descriptor(a, kLow[product][0] + bytes);
-        uint64 columns = advance_descriptor(b, kLow[product][1] + bytes);
-        if (product == 0 && bytes == 0)
-          wgmma<Tf32, false>(sum.run, rows, columns);
-        else
-          wgmma<Tf32>(sum.run, rows, columns);
-      }
+    for (int i = kFirst * 3 * kUnits / 2; i < kLast * 3 * kUnits / 2; ++i) {
+      int product = i / kUnits, bytes = i % kUnits * 32;
+      uint64 rows = advance_descriptor(a, kLow[product][0] + bytes);
+      uint64 columns = advance_descriptor(b, kLow[product][1] + bytes);
+      if (i == 0)
+        wgmma<Tf32, false>(sum.run, rows, columns);
+      else
+        wgmma<Tf32>(sum.run, rows, columns);
     }
     wgmma_commit();
   }

@@ -12,9 +12,13 @@
 //
 // A block has kWarpgroups warpgroups, each with the products of 64 channels of x and kColumns pairs of a column tap and
 // a channel of gy: kSpread of them take different channels of x, the others different row taps. All threads load step i
-// + 2 into registers and store step i + 1 into the other stage while step i multiplies, which wgmma does by itself; one
-// barrier a step. Blocks divide the channels, taps, groups, and the pixels into slices; the slices' partial sums
-// [slice][group][tap][row][column] are added in order by SumSlices (weight_gradient.cu): two runs agree bit for bit.
+// + 2 into registers and store step i + 1 into another stage while step i multiplies; one barrier a step. wgmma
+// multiplies by itself, but an instruction waits until the tensor cores take it: a warpgroup that has issued its
+// products has seen most of them done. So the first warpgroup issues them before it stages, the last one after, one in
+// between half of them before and half after, and neither the tensor cores nor what stages ever wait for each other in
+// all warpgroups at once. Blocks divide the channels, taps, groups, and the pixels into slices; the slices' partial
+// sums [slice][group][tap][row][column] are added in order by SumSlices (weight_gradient.cu): two runs agree bit for
+// bit.
 //
 // x outside the image is left out. gy outside is zero, as in torch, where x is multiplied by that zero: an infinity
 // there gives NaN. Meant for sm_80 and later with WarpProducts, for sm_90a with WarpgroupProducts, and with
@@ -67,18 +71,20 @@ struct TapsPlace {
 // `length` rows of x, step `local` stages row first_row + local * row_step; after the last row, taps - 1 steps use up
 // what is in the ring.
 struct TapsWalk {
-  int64 unit, end;
-  int local, length, first_row;
+  int64 unit;
+  int left, local, length, first_row;  // `left`: units, this one included
 
-  __device__ TapsWalk(int64 unit, int64 end, const WeightGradientTapsParams& p) : unit(unit), end(end) { enter(p); }
+  __device__ TapsWalk(int64 unit, int64 end, const WeightGradientTapsParams& p) : unit(unit), left(int(end - unit)) {
+    enter(p);
+  }
 
-  __device__ bool done() const { return unit >= end; }
+  __device__ bool done() const { return left <= 0; }
   __device__ int64 strip(const WeightGradientTapsParams& p) const { return unit / (int64(p.chunks) * p.classes); }
 
   // Begins the first unit from here on that has rows.
   __device__ void enter(const WeightGradientTapsParams& p) {
     local = 0;
-    for (; unit < end; ++unit) {
+    for (; left > 0; ++unit, --left) {
       int first = int(unit % p.chunks) * p.chunk_rows, remainder = int(unit / p.chunks % p.classes);
       length = minimum_of(p.chunk_rows, (p.in_size[0] - remainder + p.row_step - 1) / p.row_step - first);
       first_row = remainder + first * p.row_step;
@@ -89,10 +95,16 @@ struct TapsWalk {
   // Goes to the next step; returns whether that begins another unit.
   __device__ bool advance(int taps, const WeightGradientTapsParams& p) {
     if (++local < length + taps - 1) return false;
-    ++unit;
+    ++unit, --left;
     enter(p);
     return !done();
   }
+};
+
+// Which halves of a step's products: from kFirst up to kLast.
+template <int kFirst_, int kLast_>
+struct Halves {
+  static constexpr int kFirst = kFirst_, kLast = kLast_;
 };
 
 template <class Products, int kWarpgroups, int kSpread, class Share>
@@ -104,6 +116,7 @@ struct WeightGradientTaps {
   static constexpr int kMinBlocks = 1;
   static constexpr int kPixels = kWarp * WordOfPixels<T>::kPack;
   static constexpr int kStages = Products::kStages, kSlots = kTaps + kStages - 1;
+  static constexpr int kHalves = Products::kHalves;
   static constexpr bool kSplit = Products::kSplit;
   static constexpr int kParts = kSplit ? 2 : 1;
 
@@ -121,8 +134,8 @@ struct WeightGradientTaps {
     typename Share::template Requests<T, kRows, kThreads> requests;
   };
 
-  // What a step does, as bits: is there one at all, does it stage a row of x, does this warpgroup multiply?
-  static constexpr int kStep = 1, kStagesInput = 2, kMultiplies = 4;
+  // What a step does, as kStepBits bits: is there one at all, does it stage a row of x, does this warpgroup multiply?
+  static constexpr int kStep = 1, kStagesInput = 2, kMultiplies = 4, kStepBits = 3;
 
   __device__ static void write_strip(Strip2d<kPixels> (&strip)[2], int64 number, const Params& p) {
     int pixel = threadIdx.x;
@@ -162,6 +175,8 @@ struct WeightGradientTaps {
     Products::publish();  // before the next loads, for which this would wait
   }
 
+  __device__ static int after(int place, int places) { return place + 1 < places ? place + 1 : 0; }
+
   // From a shuffle, so that the compiler sees that a warp does not diverge.
   __device__ static int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
 
@@ -169,7 +184,8 @@ struct WeightGradientTaps {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
     TapsPlace place(linear_block(), p, kRows, kTaps);
     if (place.slice >= p.slices || place.taps_h <= 0) return;
-    int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0), tap = warp / 4 % kTaps, part = warp / 4 / kTaps;
+    int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0), tap = kTaps == 1 ? 0 : warp / 4 % kTaps;
+    int part = kSpread == 1 ? 0 : warp / 4 / kTaps;
     typename Products::Accumulators sum;
 #pragma unroll
     for (int pair = 0; pair < Products::kPairs; ++pair) sum.at(pair, 0) = sum.at(pair, 1) = 0;
@@ -213,19 +229,28 @@ struct WeightGradientTaps {
     int now = uniform(load_next());
     store(staged, now, shared, 0, 0, warp, steps);
     __syncthreads();
-    int next = uniform(load_next());
-    for (int stage = 0, slot = 0; now != 0;) {
-      int next_stage = stage + 1 < kStages ? stage + 1 : 0, next_slot = slot + 1 < kSlots ? slot + 1 : 0;
-      const unsigned char* x = shared.slot[slot < tap ? slot - tap + kSlots : slot - tap] + part * 64 * kSwizzledRow;
-      const unsigned char* y = shared.stage[stage];
-      bool multiplies = (now & kMultiplies) != 0;
+    int plan = now | uniform(load_next()) << kStepBits;  // the bits of this step, of the next, of the next but one
+    bool is_first = Products::kAsynchronous && warp < 4, is_last = !Products::kAsynchronous || warp >= kWarps - 4;
+    for (int stage = 0, slot = 0; (plan & kStep) != 0;) {
+      auto multiply = [&](auto halves) {
+        int own_slot = slot < tap ? slot - tap + kSlots : slot - tap;
+        const unsigned char *x = shared.slot[own_slot] + part * 64 * kSwizzledRow, *y = shared.stage[stage];
+        Products::template multiply<kRows, halves.kFirst, halves.kLast>(sum, x, y, (plan & kMultiplies) != 0);
+      };
       __syncthreads();
-      if (Products::kAsynchronous) Products::template multiply<kRows>(sum, x, y, multiplies);
-      store(staged, next, shared, next_stage, next_slot, warp, steps);
-      now = next, next = uniform(load_next());
-      if (!Products::kAsynchronous) Products::template multiply<kRows>(sum, x, y, multiplies);
-      Products::end_step(sum, multiplies);
-      stage = next_stage, slot = next_slot;
+      if (is_first && !is_last)
+        multiply(Halves<0, kHalves>());
+      else if (!is_last)
+        multiply(Halves<0, kHalves / 2>());
+      store(staged, plan >> kStepBits, shared, after(stage, kStages), after(slot, kSlots), warp, steps);
+      plan = uniform(plan | load_next() << 2 * kStepBits);
+      if (is_last)
+        multiply(Halves<0, kHalves>());
+      else if (!is_first)
+        multiply(Halves<kHalves / 2, kHalves>());
+      Products::end_step();
+      plan >>= kStepBits;
+      stage = after(stage, kStages), slot = after(slot, kSlots);
     }
     Products::finish(sum);
   }

@@ -63,8 +63,6 @@ _MOST_CHUNKS = 32
 _ROWS, _ROW_BYTES = 64, 128
 #: Pixels that the last tap of a window may lie beyond the first: a window has 64 words.
 _WINDOW = 32
-#: Clocks of a step in which nothing is multiplied, also where a step waits for its sums.
-_BETWEEN, _SPLIT_BETWEEN = 100, 250
 #: What one multiprocessor of an H200 does in a clock: words of depth times products; bytes between registers, L1 and
 #: shared memory; bytes from the L2 cache.
 _PRODUCTS, _SHARED_BYTES, _L2_BYTES = 1024, 128, 27
@@ -99,17 +97,20 @@ class Block:
     @property
     def resident(self):
         """Blocks that are on a multiprocessor at a time, as their registers allow."""
-        sums = self.columns // 2 * (2 if self.products == SPLIT else 1)
-        return 2 if self.threads * (sums + 70) <= 32768 else 1
+        return 2 if self.threads * (self.columns // 2 * self.parts + 70) <= 32768 else 1
+
+    @property
+    def parts(self):
+        """Of a value that is staged."""
+        return 2 if self.products == SPLIT else 1
 
     def cpp(self, dtype):
         arguments = f"{self.columns}" if self.products == SPLIT else f"{cpp_type(dtype)}, {self.columns}"
         return f"{self.products}<{arguments}>, {self.warpgroups}, {self.spread}"
 
     def shared_bytes(self, pixels):
-        stages = 3 if self.products == WARPGROUP else 2
-        tiles = stages * self.columns + (self.taps + stages - 1) * self.rows
-        tiles *= 2 if self.products == SPLIT else 1
+        stages = 2 if self.products == WARP else 3
+        tiles = (stages * self.columns + (self.taps + stages - 1) * self.rows) * self.parts
         strips, rows = 2 * 2 * pixels * 12, 2 * 80
         return -(-(tiles * _ROW_BYTES + strips + rows) // 1024) * 1024
 
@@ -257,13 +258,11 @@ def _cost(geometry, block, tile_taps):
     _, tap_tiles_h, tap_tiles_w, row_tiles, column_tiles = _tiling(geometry, block, tile_taps)
     tiles = tap_tiles_h * tap_tiles_w * row_tiles * column_tiles
     used = geometry.kernel[0] * tap_tiles_w * row_tiles * block.spread * column_tiles  # products of warpgroups
-    split = block.products == SPLIT
-    products = (3 if split else 1) * used * _ROWS * block.columns * 32 / _PRODUCTS
-    staged = tiles * (block.rows + block.columns)
-    read = (3 if split else 1) * used * (_ROWS + block.columns) + (3 if split else 2) * staged
+    used *= 2 * block.parts - 1  # of two parts, three products
+    products = used * _ROWS * block.columns * 32 / _PRODUCTS
+    read = used * (_ROWS + block.columns) + (1 + block.parts) * tiles * (block.rows + block.columns)
     distinct = block.columns // tile_taps * min(geometry.stride[1], 8) + block.rows
-    between = tiles * (_SPLIT_BETWEEN if split else _BETWEEN)
-    return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + between
+    return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + tiles * 100
 
 
 def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
