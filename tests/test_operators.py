@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import rawkern
-from rawkern.autograd import dlpack
+from rawkern.autograd import conv_transpose2d, conv_transpose2d_gelu_group_norm, dlpack
 from rawkern.autograd.operator import Operator, forget_plans, operators
-from rawkern.epilogue import Add, Div, Mul
+from rawkern.epilogue import GELU, Add, Div, Mul
 from rawkern.runtime import Kernel, Tape, pointer
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -334,6 +334,38 @@ def test_memory_is_freed_at_once(name, compiled, device, no_garbage_collection, 
     assert len(crossed) > len(tensors)
     assert {storage.cdata for storage in crossed if not storage.expired()} <= held
     torch._dynamo.reset()
+
+
+SAVING = {
+    "chain": lambda x, weight: rawkern.conv_transpose2d(x, weight, epilogue=(Mul(2.0), GELU())),
+    "normalisation": lambda x, weight: rawkern.conv_transpose2d_gelu_group_norm(x, weight, None, 2),
+}
+
+
+@pytest.mark.parametrize("keeps_graph", [False, True])
+@pytest.mark.parametrize("name", SAVING)
+def test_what_was_saved_makes_room_for_gradients(name, keeps_graph, device, monkeypatch):
+    """The convolution's output is gone before its gradients, of the same size, are allocated."""
+    x, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 5, 4), (3, 4, 3, 3)))
+    output = SAVING[name](x, weight)
+    (storage,) = (
+        StorageWeakRef(tensor.untyped_storage())
+        for tensor in output.grad_fn.saved_tensors
+        if tensor is not None and tensor.shape == output.shape
+    )
+    freed = []
+    for module in (conv_transpose2d, conv_transpose2d_gelu_group_norm):
+
+        def gradients(*arguments, gradients=module.convolution_gradients):
+            freed.append(storage.expired())
+            return gradients(*arguments)
+
+        monkeypatch.setattr(module, "convolution_gradients", gradients)
+    grads = torch.autograd.grad(output.sum(), (x, weight), retain_graph=keeps_graph)
+    assert freed == [not keeps_graph]
+    if keeps_graph:
+        again = torch.autograd.grad(output.sum(), (x, weight))
+        assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..launchers.conv_transpose2d import input_gradient as launch_input_gradient
 from ..launchers.conv_transpose2d import weight_gradient as launch_weight_gradient
 from ..launchers.geometry import Geometry, check_groups, pair
 from . import autocast
-from .operator import Operator, is_transformed, needs_gradient, refused
+from .operator import Operator, is_transformed, needs_gradient, refused, release_saved
 from .pointwise import POINTWISE, check_chain, composed_gradients, pointwise_backward, pointwise_tangent
 from .precision import check_precision
 
@@ -216,6 +216,8 @@ def _saving_gradients(ctx, grads):
             grad_output, saved, operands, ctx.signature, ctx.numbers, wanted
         )  # fmt: skip
         grad = through if grad is None else grad if through is None else grad + through
+    del saved  # as large as what comes now
+    release_saved(ctx)
     if grad is None:
         return *[None] * 3, *grad_operands
     return *convolution_gradients(grad, input, weight, ctx.convolution, needs), *grad_operands

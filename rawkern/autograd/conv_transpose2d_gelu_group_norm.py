@@ -5,14 +5,12 @@ import torch
 from ..launchers.conv_transpose2d_gelu_group_norm import (
     conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
 )
-from ..launchers.conv_transpose2d_gelu_group_norm import (
-    conv_transpose2d_gelu_group_norm_backward as launch_conv_transpose2d_gelu_group_norm_backward,
-)
 from ..launchers.group_norm_sizes import Sizes, check_eps
 from . import autocast
 from .conv_transpose2d import (
     CONVOLUTION,
     check_tensors,
+    convolution_gradients,
     convolution_of,
     convolution_tangent,
     convolve,
@@ -21,8 +19,8 @@ from .conv_transpose2d import (
 )
 from .gelu import signature_of
 from .gelu_group_norm import gelu_group_norm
-from .group_norm import normalised, normalised_tangent
-from .operator import Operator, is_transformed, needs_gradient, refused
+from .group_norm import group_norm_gradients, normalised, normalised_tangent
+from .operator import Operator, is_transformed, needs_gradient, release_saved
 from .pointwise import composed_gradients
 
 
@@ -150,13 +148,18 @@ def _saving_setup(ctx, tensors, static, outputs):
 def _saving_gradients(ctx, grads):
     if grads[0] is None or not any(ctx.needs):
         return [None] * 5
-    *tensors, saved, statistics = ctx.saved_tensors
+    input, weight, conv_bias, norm_weight, norm_bias, saved, statistics = ctx.saved_tensors
     if torch.is_grad_enabled():
+        tensors = input, weight, conv_bias, norm_weight, norm_bias
         return composed_gradients(_composition(ctx.static), tensors, ctx.needs, grads[0])
     _, _, approximate, *convolution = ctx.static
-    input, weight, _, norm_weight, _ = tensors
-    static = approximate, tuple(ctx.needs), *convolution
-    return BACKWARD.gradients(ctx.needs, (grads[0], input, weight, norm_weight, saved, statistics), static)
+    needs, norm_needs = ctx.needs[:3], ctx.needs[3:]
+    wanted = any(needs), *norm_needs
+    chain = signature_of(approximate)
+    grad, *norm_grads = group_norm_gradients(grads[0], saved, norm_weight, statistics, chain, wanted)
+    del saved  # as large as what comes now
+    release_saved(ctx)
+    return *convolution_gradients(grad, input, weight, convolution, needs), *norm_grads
 
 
 def _composition(static):
@@ -188,24 +191,6 @@ def _saving_batched(batch_size, dims, tensors, static):
     return tuple(output.unflatten(place, (batch_size, -1)) for output, place in pairs), places
 
 
-def _backward(call, grad_output, input, weight, norm_weight, saved, statistics, approximate, needs, *convolution):
-    geometry = geometry_of(input.shape, weight.shape, convolution)
-    channels = (geometry.out_channels,)
-    shapes = geometry.input_shape, geometry.weight_shape, channels, channels, channels
-    layouts = saved, None, None, None, None  # the input's gradient is channels-last if the output is
-    outs = [
-        call.empty(shape, input, layout_of=layout) if need else None
-        for shape, layout, need in zip(shapes, layouts, needs, strict=True)
-    ]
-    mean, rstd = statistics
-    call(
-        launch_conv_transpose2d_gelu_group_norm_backward,
-        grad_output, input, weight, saved, mean, rstd, norm_weight, geometry, approximate,
-        needs=needs, precision=convolution[-1], outs=outs,
-    )  # fmt: skip
-    return tuple(out for out in outs if out is not None)
-
-
 _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, int num_groups, "
     f"float eps, str approximate, {CONVOLUTION}"
@@ -221,10 +206,4 @@ SAVING = Operator(
     backward=_saving_gradients,
     jvp=_saving_tangent,
     vmap=_saving_batched,
-)
-BACKWARD = Operator(
-    "conv_transpose2d_gelu_group_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? norm_weight, "
-    f"Tensor saved, Tensor statistics, str approximate, bool[] needs, {CONVOLUTION}) -> Tensor[]",
-    _backward,
-    backward=refused("the backward pass of a fused normalisation is not differentiable by itself"),
 )
