@@ -90,10 +90,22 @@ CASES = {
     "whole strips, padded": ((1, 64, 3, 128), (64, 70, 3, 3), 1, 1, 0, 1, 1),
     "whole strips, padding beyond the kernel": ((1, 17, 12, 128), (17, 16, 3, 3), 1, 5, 0, 1, 1),
     "whole strips, stride 2": ((2, 64, 5, 64), (64, 64, 3, 3), 2, 1, 1, 1, 1),
+    "whole strips, width 4, stride 2": ((2, 33, 5, 64), (33, 64, 4, 4), 2, 1, 0, 1, 1),
+    "whole strips, width 4, stride 2, no padding": ((1, 16, 4, 128), (16, 130, 4, 4), 2, 0, 0, 1, 1),
+    "whole strips, width 4, padding beyond the kernel": ((2, 20, 9, 64), (20, 20, 2, 4), (1, 2), (1, 5), 0, 1, 1),
+    "whole strips, width 2, stride 2": ((1, 130, 3, 128), (130, 66, 2, 2), 2, 0, 0, 1, 1),
+    "whole strips, width 2, stride 2, odd columns": ((1, 16, 4, 64), (16, 19, 3, 2), 2, 1, 0, 1, 1),
     "whole strips, stride 2, no padding": ((1, 40, 4, 128), (40, 70, 3, 3), 2, 0, 1, 1, 1),
     "whole strips, stride 2, padding beyond the kernel": ((2, 36, 9, 64), (36, 20, 3, 3), (1, 2), 5, (0, 1), 2, (2, 1)),
     "padding beyond the kernel": ((1, 16, 12, 14), (16, 16, 3, 3), 1, 4, 0, 1, 1),
 }
+
+
+def whole_strips(input_shape, out_channels, kernel, stride, padding):
+    """A case whose output has an even width, as 16-bit values need it to be staged by words."""
+    case = input_shape, (input_shape[1], out_channels, *kernel), stride, padding
+    odd = Geometry.of(*case).output_size[1] % 2
+    return *case, (0, odd), 1, 1
 
 
 def integers(shape, dtype, seed, most=3):
@@ -137,7 +149,7 @@ def test_layouts(layouts, products, monkeypatch):
     check_exact(case, dtype, [LAYOUTS[layout] for layout in layouts], precision)
 
 
-SHARES = (taps.PIXELS, taps.CHANNELS, taps.WINDOWS, *taps.THREE_TAPS.values())
+SHARES = (taps.PIXELS, taps.CHANNELS, taps.WINDOWS, *taps.ALL_TAPS.values())
 BLOCKS = {
     f"{itemsize * 8} bit, {share}, {block.products} {block.warpgroups} {block.columns} {block.spread}": (
         itemsize,
@@ -163,9 +175,9 @@ def test_every_block(name, monkeypatch):
     taps.taps_plan.cache_clear()
     try:
         case = ((2, 66, 37, 64), (66, 70, 4, 5), 1, (0, 1), 0, 1, (1, 2))
-        for stride, three_taps in taps.THREE_TAPS.items():
-            if share == three_taps:
-                case = ((2, 66, 37, 64), (66, 70, 4, 3), (1, stride), (0, 1), (0, stride - 1), 1, 1)
+        for (width, stride), all_taps in taps.ALL_TAPS.items():
+            if share == all_taps:
+                case = whole_strips((2, 66, 37, 64), 70, (4, width), (1, stride), (0, 1))
         layout = LAYOUTS["channels-last" if share == taps.CHANNELS else "plain"]
         dtype = torch.float32 if itemsize == 4 else torch.float16
         geometry = Geometry.of(*case)
@@ -233,13 +245,13 @@ def test_as_accurate_as_torch(dtype, precision, device):
 
 @pytest.mark.parametrize("products", [name for name in PRODUCTS if not name.startswith("bfloat16")])
 @pytest.mark.parametrize("layout", ["plain", "channels-last"])
-@pytest.mark.parametrize("stride", (1, 2))
-def test_what_is_not_finite_stays_where_it_belongs(stride, layout, products, monkeypatch):
+@pytest.mark.parametrize("width, stride", taps.ALL_TAPS)
+def test_what_is_not_finite_stays_where_it_belongs(width, stride, layout, products, monkeypatch):
     """Infinities and NaN of x and gy, in the first and last rows and columns, reach the taps and channels that torch
     says, among them none by way of pixels that are staged to fill a tile."""
     dtype, precision, arch = PRODUCTS[products]
     monkeypatch.setattr(Emulator, "arch", arch)
-    case = ((2, 16, 6, 64), (16, 16, 3, 3), stride, 1, stride - 1, 1, 1)
+    case = whole_strips((2, 16, 6, 64), 16, (3, width), stride, 1)
     geometry = Geometry.of(*case)
     shapes = {"x": geometry.input_shape, "gy": geometry.output_shape}
     for name, row, column in itertools.product(shapes, (0, 3, -1), (0, 40, -1)):
@@ -250,15 +262,15 @@ def test_what_is_not_finite_stays_where_it_belongs(stride, layout, products, mon
         np.testing.assert_array_equal(result.astype("float64"), oracle(case, x, grad).astype(result.dtype))
 
 
-@pytest.mark.parametrize("stride", (1, 2))
-def test_how_tiles_are_staged(stride):
-    """The kernels of width 3 serve what they are for, and nothing whose rows are not aligned."""
-    geometry = Geometry.of((2, 16, 4, 64), (16, 16, 3, 3), stride, 1, stride - 1)
+@pytest.mark.parametrize("width, stride", taps.ALL_TAPS)
+def test_how_tiles_are_staged(width, stride):
+    """The ways for one width serve what they are for, and nothing whose rows are not aligned."""
+    geometry = Geometry.of(*whole_strips((2, 16, 4, 64), 16, (3, width), stride, 1))
     arrays = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
-    assert taps.share_of(geometry, *arrays) == taps.THREE_TAPS[stride]
+    assert taps.share_of(geometry, *arrays) == taps.ALL_TAPS[width, stride]
     otherwise = taps.WINDOWS if stride == 1 else taps.PIXELS
     assert taps.share_of(geometry, eight_bytes_on(arrays[0]), arrays[1]) == otherwise
-    assert taps.share_of(geometry, arrays[0], eight_bytes_on(arrays[1])) == taps.THREE_TAPS[stride]
+    assert taps.share_of(geometry, arrays[0], eight_bytes_on(arrays[1])) == taps.ALL_TAPS[width, stride]
     assert taps.share_of(geometry, *map(every_other, arrays)) == taps.PIXELS
     assert taps.share_of(geometry, *map(channels_last, arrays)) == taps.CHANNELS
 

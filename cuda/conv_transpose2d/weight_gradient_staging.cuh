@@ -10,10 +10,11 @@
 //     AlongWindows   stride 1, pixels neighbours in memory, a strip within one image; of 16-bit values, an even width
 //                    of gy and words at even columns whole in memory: a warp has several channels, a lane two words of
 //                    the window that all taps see, which each tap puts into its own row.
-//     AlongThreeTaps, AlongThreeTapsStride2
-//                    kernels of width 3, dilation 1, stride 1 or 2; otherwise as AlongWindows, and rows of x at
-//                    multiples of 16 bytes: a lane has 16 bytes of a row of x, and of gy a word (two, stride 2) of
-//                    each of the warp's channels, which is loaded and rounded once for the three taps.
+//     AlongThreeTaps, AlongTapsStride2
+//                    kernels of width 3 and stride 1, of width 2, 3 or 4 and stride 2, dilation 1; otherwise as
+//                    AlongWindows, and rows of x at multiples of 16 bytes: a lane has 16 bytes of a row of x, and of gy
+//                    a word (two, stride 2) of each of the warp's channels, which is loaded and rounded once for all
+//                    taps.
 // All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
 // number of instructions: where all that a warp loads exists, it asks once instead of for each element. The rows of
 // three taps keep their addresses from step to step (begin() forms them where a strip begins); the others find them
@@ -485,29 +486,33 @@ struct ThreeTapRows {
   }
 };
 
-// The same for a stride of 2. The word of pixel p at tap t is number 2 p + t: a lane has two words of each channel,
-// which the first two taps take, and the third takes the next lane's first one. Of 16-bit values, a word of pixels is
-// made of halves of two such words: of both of the lane's, or of its second and the next lane's first. What the last
-// lane needs, `more`, a lane has for each channel.
-template <class T, bool kSplit, int kRows, int kWarps>
-struct ThreeTapStride2Rows {
-  static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps;
+// Rows of gy at kTaps neighbouring taps, stride 2. The word of pixel p at tap t is number 2 p + t: a lane has two words
+// of each channel, which the first two taps take, and the next taps take the next lane's. Of 16-bit values, a word of
+// pixels is made of halves of two neighbouring such words. What the last lane needs of the next one, `more`, lanes have
+// for each channel, kMore of them.
+template <class T, bool kSplit, int kRows, int kWarps, int kTaps>
+struct TapStride2Rows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kChannels = kRows / kTaps;
   static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
+  static constexpr int kSeen = kPack == 2 ? kTaps / 2 + 2 : kTaps, kMore = kSeen - 2;  // words, by a lane's taps
+  static constexpr int kWords = 2 * kEach + (kMore > 0);
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
-  unsigned words[2 * kEach + 1];  // the last: of `more`
+  static_assert(kTaps >= 2 && kMore <= 2 && kEach * kMore <= kWarp, "a lane's words and the next lane's suffice");
+  unsigned words[kWords];  // the last: of `more`
   uint64 at, more_at;
   int left[2];  // channels of which the lane's words exist, from the warp's first on
   bool more_exists;
 
   __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
-    int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane * kWarps;
-    int column = strip.column[0] - rows.odd;
+    constexpr int kLanes = kMore > 0 ? kMore : 1;  // of `more`, for a channel
+    int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane / kLanes * kWarps;
+    int column = strip.column[0] - rows.odd, beyond = (2 * kWarp + lane % kLanes) * kPack;
 #pragma unroll
     for (int k = 0; k < 2; ++k) left[k] = rows.exists(column + (lane * 2 + k) * kPack) ? rows.channels - first : 0;
-    more_exists = lane < kEach && channel < rows.channels && rows.exists(column + 2 * kWarp * kPack);
+    more_exists = lane < kEach * kMore && channel < rows.channels && rows.exists(column + beyond);
     const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
     at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * 2 * kPack);
-    more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + 2 * kWarp * kPack);
+    more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + beyond);
   }
 
   __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
@@ -522,13 +527,14 @@ struct ThreeTapStride2Rows {
         words[2 * i + k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
       from += apart;
     }
-    words[2 * kEach] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    if constexpr (kMore > 0)
+      words[kWords - 1] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
     at += steps.next;
     more_at += steps.next;
   }
 
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
-    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[2 * kEach + 1], unsigned char* to) {
+    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kWords], unsigned char* to) {
       if (kPack == 2 && steps.odd)
         put<kPack - 1>(staged, to, warp);
       else
@@ -537,31 +543,32 @@ struct ThreeTapStride2Rows {
   }
 
   template <int kOdd>
-  __device__ void put(const unsigned (&staged)[2 * kEach + 1], unsigned char* tile, int warp) const {
+  __device__ void put(const unsigned (&staged)[kWords], unsigned char* tile, int warp) const {
     constexpr int kLast = kChannels - (kEach - 1) * kWarps;  // warps that have the last of their rows
     int lane = threadIdx.x % kWarp, place = warp * kSwizzledRow + ((lane / 4 ^ (warp & 7)) << 4) + lane % 4 * 4;
     bool has_last = kLast >= kWarps || opaque(warp) < kLast;
     unsigned char *even = tile + place, *odd_row = tile + (place ^ 64);
-    unsigned next[kEach];
+    unsigned seen[kEach][kSeen];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {  // all before the first store, so that they do not wait for each other
-      next[i] = __shfl_sync(kFullMask, staged[2 * i], lane + 1);
-      unsigned last = __shfl_sync(kFullMask, staged[2 * kEach], i);
-      if (lane == kWarp - 1) next[i] = last;
+      seen[i][0] = staged[2 * i], seen[i][1] = staged[2 * i + 1];
+#pragma unroll
+      for (int k = 0; k < kMore; ++k) {
+        unsigned next = __shfl_sync(kFullMask, staged[2 * i + k], lane + 1);
+        unsigned last = __shfl_sync(kFullMask, staged[kWords - 1], i * kMore + k);
+        seen[i][2 + k] = lane == kWarp - 1 ? last : next;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      unsigned first = staged[2 * i], second = staged[2 * i + 1], third = next[i];
-      unsigned of_tap[kTaps] = {first, second, third};
-      if (kPack == 2) {
-        of_tap[kOdd ? 1 : 2] = __byte_perm(second, third, 0x5410);
-        of_tap[kOdd ? 2 : 1] = kOdd ? __byte_perm(second, third, 0x7632) : __byte_perm(first, second, 0x7632);
-        of_tap[0] = __byte_perm(first, second, kOdd ? 0x7632 : 0x5410);
-      }
       unsigned char* row = (i * kWarps & 4 ? odd_row : even) + i * kWarps * kSwizzledRow;
-      if (i < kEach - 1 || has_last) {
+      if (i == kEach - 1 && !has_last) continue;
 #pragma unroll
-        for (int tap = 0; tap < kTaps; ++tap) *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = of_tap[tap];
+      for (int tap = 0; tap < kTaps; ++tap) {
+        int first = (tap + kOdd) / kPack;  // word of the lane, or half of which it takes with the half of the next
+        unsigned word = seen[i][first];
+        if constexpr (kPack == 2) word = __byte_perm(word, seen[i][first + 1], (tap + kOdd) % 2 ? 0x7632 : 0x5410);
+        *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = word;
       }
     }
   }
@@ -665,9 +672,20 @@ struct AlongThreeTaps : Sharing<UnitRows, ThreeTapRows, ChannelRequests> {
   template <class T, int kRows, int kThreads>
   using Requests = LineRequests<2, T, kRows, kThreads>;
 };
-struct AlongThreeTapsStride2 : Sharing<UnitRows, ThreeTapStride2Rows, ChannelRequests> {
+// With three taps there are threads enough for a line each.
+template <int kTaps, class T, int kRows, int kThreads>
+struct TapStride2Requests : Requests<ChannelRequests, T, kRows, kThreads> {};
+template <class T, int kRows, int kThreads>
+struct TapStride2Requests<3, T, kRows, kThreads> : LineRequests<4, T, kRows, kThreads> {};
+
+template <int kTaps>
+struct AlongTapsStride2 {
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using Input = UnitRows<T, kSplit, kRows, kWarps>;
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using GradOutput = TapStride2Rows<T, kSplit, kRows, kWarps, kTaps>;
   template <class T, int kRows, int kThreads>
-  using Requests = LineRequests<4, T, kRows, kThreads>;
+  using Requests = TapStride2Requests<kTaps, T, kRows, kThreads>;
 };
 
 }  // namespace rawkern

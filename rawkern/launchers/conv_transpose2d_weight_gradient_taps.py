@@ -120,8 +120,8 @@ class Block:
 _SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64, 1), (2, 256, 2), (2, 128, 2))
 #: How threads share out what is staged; see weight_gradient_staging.cuh.
 PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
-#: For kernels of width 3, by their stride.
-THREE_TAPS = {1: "AlongThreeTaps", 2: "AlongThreeTapsStride2"}
+#: For kernels of some widths, by (width, stride).
+ALL_TAPS = {(3, 1): "AlongThreeTaps", **{(width, 2): f"AlongTapsStride2<{width}>" for width in (2, 3, 4)}}
 #: Rows of x that a lane has in UnitRows lie so far apart.
 _UNIT_ROWS = 32
 
@@ -138,9 +138,14 @@ def blocks(itemsize, products, share):
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
-    if share in THREE_TAPS.values():
-        too_large |= {shape for shape in _SHAPES if shape[0] != 3}
+    if width := _width_of(share):
+        too_large |= {shape for shape in _SHAPES if (shape[0] == 3) != (width == 3)}  # kernels are squares mostly
     return tuple(Block(products, *shape) for shape in _SHAPES if shape not in too_large)
+
+
+def _width_of(share):
+    """The width of the kernels that a way of staging all taps at once is for; None of the other ways."""
+    return next((width for (width, _), name in ALL_TAPS.items() if name == share), None)
 
 
 @dataclass(frozen=True)
@@ -190,9 +195,9 @@ def share_of(geometry, input, grad_output):
     whole_strips = whole_words and geometry.input_size[1] % pixels == 0
     if not (whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays)):
         return PIXELS
-    three_taps = THREE_TAPS.get(geometry.stride[1])
-    if three_taps and geometry.kernel[1] == 3 and geometry.dilation[1] == 1 and _whole_units(input, strides[0]):
-        return three_taps
+    all_taps = ALL_TAPS.get((geometry.kernel[1], geometry.stride[1]))
+    if all_taps and geometry.dilation[1] == 1 and _whole_units(input, strides[0]):
+        return all_taps
     if geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW:
         return WINDOWS
     return PIXELS
@@ -229,7 +234,7 @@ def _tile_taps(geometry, block, share):
         channels = block.columns // taps
         if block.columns % (16 * taps) or channels % (block.columns // (4 * block.warpgroups)):
             continue  # a warp's rows must be of one tap
-        if share in THREE_TAPS.values() and taps != 3:
+        if _width_of(share) not in (None, taps):
             continue
         if share == WINDOWS and not (taps > 1 and (taps - 1) * geometry.dilation[1] <= _WINDOW):
             continue
@@ -369,7 +374,7 @@ def _kernel(dtype, block, share):
 def kernels():
     """Every instantiation, for the tests that compile them all."""
     for dtype, products in itertools.product(DTYPES, (WARP, WARPGROUP, SPLIT)):
-        for share in (PIXELS, CHANNELS, WINDOWS, *THREE_TAPS.values()):
+        for share in (PIXELS, CHANNELS, WINDOWS, *ALL_TAPS.values()):
             for block in blocks(dtype.itemsize, products, share):
                 if products != SPLIT or dtype == np.float32:
                     yield _kernel(dtype, block, share)
