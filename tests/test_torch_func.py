@@ -13,8 +13,6 @@ from rawkern.autograd.dlpack import Plan
 from rawkern.autograd.operator import Operator, forget_plans
 
 TWICE = [name for name, op in OPS.items() if op.last > 1]
-#: Whose backward pass is one fused step, without a derivative in forward mode.
-FUSED = ["gelu_group_norm", "conv_transpose2d_gelu_group_norm"]
 
 
 def scalar(function):
@@ -32,7 +30,7 @@ def test_forward_mode(name, device):
     assert torch.autograd.gradcheck(op.ours, inputs, check_forward_ad=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", [name for name in TWICE if name not in FUSED])
+@pytest.mark.parametrize("name", TWICE)
 def test_forward_over_reverse(name, device):
     op = OPS[name]
     inputs = op.inputs(device=device, requires_grad=True)
@@ -69,7 +67,14 @@ def test_jvp_where_there_is_none():
         jvp(rawkern.min_sum_gelu_add, tuple(inputs), tuple(inputs))
 
 
-@pytest.mark.parametrize("name", ["conv_transpose2d with an epilogue", "pointwise", "group_norm"])
+@pytest.mark.parametrize("name", OPS)
+def test_jacrev(name, device):
+    op = OPS[name]
+    inputs = op.inputs(device=device)
+    assert_same(lambda function: jacrev(function, tuple(range(len(inputs)))), op, *inputs)
+
+
+@pytest.mark.parametrize("name", TWICE)
 def test_second_derivatives(name, device):
     op = OPS[name]
     inputs = op.inputs(device=device)

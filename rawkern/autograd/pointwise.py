@@ -7,7 +7,7 @@ from ..launchers.pointwise import pointwise as launch_pointwise
 from ..launchers.pointwise import pointwise_backward as launch_pointwise_backward
 from ..launchers.pointwise import pointwise_double_backward as launch_pointwise_double_backward
 from . import autocast
-from .operator import Operator, refused, spread, unwrapped
+from .operator import Operator, is_transformed, refused, spread, unwrapped
 
 
 def pointwise(input, chain):
@@ -71,6 +71,8 @@ def pointwise_backward(grad_output, input, tensors, signature, numbers, needs):
 
 def composed_gradients(function, inputs, needs, grad_output):
     """The gradients of `function(*inputs)` that are needed, themselves differentiable; None for the others."""
+    if is_transformed():  # which allows no requires_grad_()
+        return _transformed_gradients(function, unwrapped(inputs), needs, grad_output)
     with torch.enable_grad():
         # Views, so that a tensor that is given twice counts twice.
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in unwrapped(inputs)]
@@ -80,6 +82,17 @@ def composed_gradients(function, inputs, needs, grad_output):
                 tensor.requires_grad_()
         output = function(*inputs)
     return spread(needs, torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+
+
+def _transformed_gradients(function, inputs, needs, grad_output):
+    others = [None if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
+
+    def of_wanted(*wanted):
+        wanted = spread(needs, wanted)
+        return function(*(tensor if other is None else other for tensor, other in zip(wanted, others, strict=True)))
+
+    wanted = (tensor for tensor, need in zip(inputs, needs, strict=True) if need)
+    return spread(needs, torch.func.vjp(of_wanted, *wanted)[1](grad_output))
 
 
 def _directional(outputs, grad_output, input, tensors, signature, numbers, v, directions):
