@@ -1,9 +1,9 @@
 // Sums of a tensor over all axes but one.
 //
-// ChannelPartials: a warp per unit of channel_walk.cuh reads its part once, 16 bytes a lane where memory is aligned and
-// four loads under way, adds in the accumulator's precision per lane and writes one double per channel and slot.
-// ChannelTotals: a team of threads per channel adds that channel's partial sums in double, in a fixed order, and rounds
-// once. It is the second stage of every per-channel sum in the library. Any NVIDIA GPU; bound by memory.
+// ChannelPartials: a warp per unit of channel_walk.cuh reads its part once, up to 16 bytes a lane as memory is aligned
+// and four or eight loads under way, adds in the accumulator's precision per lane and writes one double per channel and
+// slot. ChannelTotals: a team of threads per channel adds that channel's partial sums in double, in a fixed order, and
+// rounds once. It is the second stage of every per-channel sum in the library. Any NVIDIA GPU; bound by memory.
 #include "channel_walk.cuh"
 
 namespace rawkern {
@@ -22,8 +22,9 @@ struct ChannelPartials {
     __device__ void operator()(const A* value, A*, A* sums, int) const { sums[0] += value[0]; }
   };
 
-  template <int kWidth, int kUnroll>
+  template <int kWidth>
   __device__ static void run_width(const Params& params) {
+    constexpr int kUnroll = kWidth * sizeof(T) < 16 ? 8 : 4;
     Walk<kWidth> walk(params.layout, linear_block() * (kThreads / kWarp) + threadIdx.x / kWarp);
     Accumulator<T> sums[kWidth][1] = {};
     Sum sum;
@@ -32,10 +33,7 @@ struct ChannelPartials {
   }
 
   __device__ static void run(const Params& params) {
-    if (params.layout.vector)
-      run_width<16 / int(sizeof(T)), 4>(params);
-    else
-      run_width<1, 8>(params);
+    with_width<T>(params.layout, [&](auto width) { run_width<width.value>(params); });
   }
 };
 

@@ -247,8 +247,9 @@ struct Reducing {
     }
   };
 
-  template <int kWidth, int kUnroll>
+  template <int kWidth>
   __device__ static void run_width(const Params& params) {
+    constexpr int kUnroll = kWidth * sizeof(T) < 16 ? 4 : 2;
     Walk<kWidth> walk(params.layout, linear_block() * (kThreads / kWarp) + threadIdx.x / kWarp);
     constexpr int kCount = Walk<kWidth>::kOneChannel ? 1 : kWidth;
     Element<kCount> element;
@@ -264,10 +265,7 @@ struct Reducing {
   }
 
   __device__ static void run(const Params& params) {
-    if (params.layout.vector)
-      run_width<16 / int(sizeof(T)), 2>(params);
-    else
-      run_width<1, 4>(params);
+    with_width<T>(params.layout, [&](auto width) { run_width<width.value>(params); });
   }
 };
 

@@ -65,6 +65,21 @@ def test_paths(shape, axis, device):
     check_exact(torch.cat([x.flatten()[:1], x.flatten()])[1:].view(shape), axis)  # not aligned to 16 bytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 4098), (3, 2, 4100), (3, 2, 4104), (20, 6, 33), (20, 5, 34), (20, 5, 36)])
+def test_as_many_at_a_time_as_are_aligned(shape, dtype, device):
+    """Rows and columns whose lengths, and memory whose beginning, are multiples of 1, 2, 4 and 8 elements."""
+    size = math.prod(shape)
+    memory = torch.randint(-1, 2, (size + 8,), generator=torch.Generator().manual_seed(3)).to(dtype).to(device)
+    for before in (0, 1, 2, 4, 8):
+        check_exact(memory[before : before + size].view(shape), 1)
+
+
+@pytest.mark.parametrize(("alignment", "inner", "vector"), [(16, 4104, 8), (16, 4100, 4), (4, 4104, 2), (2, 4104, 1)])
+def test_how_many_are_read_at_a_time(alignment, inner, vector):
+    assert plan(3, 2, inner, 2, alignment).vector == vector
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_views(memory_format, device):
     x = whole_numbers(6, 8, 10, 12).to(device).to(memory_format=memory_format)
@@ -133,20 +148,24 @@ def test_errors(call, error, text):
         call()
 
 
-@given(st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, 2**20), st.sampled_from([2, 4, 8]), st.booleans())
-def test_plans_of_any_size(outer, channels, inner, itemsize, aligned):
+SIZES = st.integers(1, 2**20)
+
+
+@given(SIZES, SIZES, SIZES, st.sampled_from([2, 4, 8]), st.sampled_from([2, 4, 8, 16]))
+def test_plans_of_any_size(outer, channels, inner, itemsize, alignment):
     """Launches stay within what a grid holds, partial sums stay small beside the tensor, vectors fit the rows."""
-    how = plan(outer, channels, inner, itemsize, aligned)
+    how = plan(outer, channels, inner, itemsize, alignment)
+    assert how.vector == 1 or (how.vector * itemsize in (4, 8, 16) and alignment % (how.vector * itemsize) == 0)
     total = outer * channels * inner
     assert how.blocks < 2**31 * 65535
     assert how.partials <= max(total, 40_000) and (outer < 256 or inner > 64 or how.partials * 4 <= max(total, 2**20))
     if how.walk == "RowWalk":
         assert (how.slots - 1) * how.slot_length < outer * inner <= how.slots * how.slot_length
-        assert not how.vector or (inner * itemsize) % 16 == 0
+        assert inner % how.vector == 0
     else:
         assert (how.slots - 1) * how.slot_length * how.width < total <= how.slots * how.slot_length * how.width
         assert how.width % (channels * inner) == 0
-        assert not how.vector or (how.width * itemsize) % 16 == 0 == (total * itemsize) % 16
+        assert how.width % how.vector == 0 == total % how.vector
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -6,8 +6,8 @@
 //   RowWalk     a unit is a slot (a stretch) of the outer * inner elements of one channel. Neighbouring lanes read
 //               neighbouring elements of a row of `inner`. For long rows.
 //   ColumnWalk  memory is viewed as a matrix of `width` columns, a multiple of channels * inner, so that a column
-//   belongs
-//               to one channel. A unit is a strip of columns, one vector per lane, over a slot of rows. For short rows.
+//               belongs to one channel. A unit is a strip of columns, one vector per lane, over a slot of rows. For
+//               short rows.
 // Every element is visited exactly once, so a kernel may also compute something for each element on the way.
 #pragma once
 #include "value_vector.cuh"
@@ -20,8 +20,23 @@ struct ChannelLayout {
   int64 slots;        // of the length
   int64 slot_length;  // elements, or rows, of a slot
   int64 width;        // ColumnWalk: columns of the matrix
-  int64 vector;       // whether elements may be read 16 bytes at a time
+  int64 vector;       // elements that are read at a time: a power of two, at most 16 bytes
 };
+
+// Calls run(Width<n>()) for the number n of elements that are read at a time.
+template <int kWidth>
+struct Width {
+  static constexpr int value = kWidth;
+};
+template <class T, int kWidth = 16 / int(sizeof(T)), class Run>
+__device__ inline void with_width(const ChannelLayout& layout, Run run) {
+  if constexpr (kWidth == 1)
+    run(Width<1>());
+  else if (layout.vector == kWidth)
+    run(Width<kWidth>());
+  else
+    with_width<T, kWidth / 2>(layout, run);
+}
 
 // Quotient and remainder of a running number by `divisor`, advanced by a fixed step without dividing anew.
 struct Cursor {

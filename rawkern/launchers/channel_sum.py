@@ -40,6 +40,7 @@ class ChannelPlan:
     Attributes:
         walk: "RowWalk" or "ColumnWalk".
         blocks: blocks of the first stage.
+        vector: elements that are read at a time.
         partials: number of partial sums of one quantity.
     """
 
@@ -51,7 +52,7 @@ class ChannelPlan:
     slots: int
     slot_length: int
     width: int
-    vector: bool
+    vector: int
     blocks: int
     partials: int
 
@@ -78,15 +79,16 @@ def view_of(array, axis):
 
 
 @functools.lru_cache(4096)
-def plan(outer, channels, inner, itemsize, aligned):
-    """The ChannelPlan for non-empty memory (outer, channels, inner); `aligned`: it starts at a multiple of 16 bytes."""
+def plan(outer, channels, inner, itemsize, alignment):
+    """The ChannelPlan for non-empty memory (outer, channels, inner) that starts at a multiple of so many bytes."""
     vector = 16 // itemsize
+    aligned = max(1, math.gcd(16, alignment) // itemsize)
     total = outer * channels * inner
     # Short rows, and rows that 16-byte loads do not fit, are read as columns if there are enough rows to sum over.
     if outer >= 4 and (inner < 64 or (outer >= 16 and inner < 4096 and inner % vector and total % vector == 0)):
-        return _column_plan(outer, channels, inner, vector if aligned and total % vector == 0 else 1)
+        return _column_plan(outer, channels, inner, math.gcd(aligned, total))
     length = outer * inner
-    width = vector if aligned and inner % vector == 0 else 1
+    width = math.gcd(aligned, inner)
     step = 32 * width
     slots = max(1, min(-(-length // (4 * step)), _WARPS_WANTED // channels), -(-length // 65536))
     slot_length = -(-length // (slots * step)) * step
@@ -94,7 +96,7 @@ def plan(outer, channels, inner, itemsize, aligned):
     units = channels * slots
     blocks = -(-units // _WARPS)
     return ChannelPlan(
-        outer, channels, inner, "RowWalk", length, slots, slot_length, 0, width > 1, blocks, channels * slots
+        outer, channels, inner, "RowWalk", length, slots, slot_length, 0, width, blocks, channels * slots
     )
 
 
@@ -111,7 +113,7 @@ def _column_plan(outer, channels, inner, vector):
     slots = -(-rows // slot_length)
     blocks = -(-strips * slots // _WARPS)
     return ChannelPlan(
-        outer, channels, inner, "ColumnWalk", rows, slots, slot_length, width, vector > 1, blocks, width * slots
+        outer, channels, inner, "ColumnWalk", rows, slots, slot_length, width, vector, blocks, width * slots
     )
 
 
@@ -190,7 +192,7 @@ def channel_sum(array, axis=1, *, out=None, stream=None):
     if array.size == 0:
         zero(queue, result)
     else:
-        how = plan(*view_of(array, axis), array.itemsize, runtime.pointer(array) % 16 == 0)
+        how = plan(*view_of(array, axis), array.itemsize, math.gcd(16, runtime.pointer(array)))
         partials = queue.empty((how.partials,), np.float64)
         _partials_kernel(runtime.cpp_type(array.dtype), how.walk).launch(
             queue, how.blocks, input=runtime.pointer(array), partials=runtime.pointer(partials), layout=how.pack()

@@ -7,6 +7,7 @@ results have the same order; other memory is copied first and results are contig
 """
 
 import functools
+import math
 
 import numpy as np
 
@@ -177,15 +178,15 @@ class _Call:
         if not wants_sums and all(array is None for array in outputs):
             return
         arrays = [array for array in (*inputs, *outputs) if array is not None]
-        aligned = all(runtime.pointer(array) % 16 == 0 for array in arrays)
-        how = plan(*view_of(self.input, self.axis), self.input.itemsize, aligned)
+        alignment = math.gcd(16, *map(runtime.pointer, arrays))
+        how = plan(*view_of(self.input, self.axis), self.input.itemsize, alignment)
         layout = how.pack()
         partials = None
         if wants_sums:
             partials = self.queue.empty((len(sums), how.partials), np.float64)
             blocks = how.blocks
         else:
-            layout["vector"] = aligned
+            layout["vector"] = alignment == 16
             blocks = -(-how.total // _block_elements(body, self.input.itemsize))
         cpp_type = runtime.cpp_type(self.input.dtype)
         walk = how.walk if wants_sums else None
