@@ -242,19 +242,24 @@ def _sweep_blocks():
 
 def sweep_conv_transpose2d_weight_gradient():
     """On tensor cores: each kind of instruction and way of staging, with channels and pixels that end in a tile."""
-    cases = (  # width, kernel's width, stride, padding, arrangement
-        (9, 3, 1, 1, contiguous),
-        (9, 3, 1, 1, channels_last),
-        (64, 5, 1, 1, contiguous),
-        *((64, 3, stride, padding, contiguous) for stride in (1, 2) for padding in (0, 1)),
+    float32, float16 = np.dtype("float32"), np.dtype("float16")
+    products = ("sm_90a", float32, "tf32"), ("sm_90a", float16, None), ("sm_90a", float32, "ieee")
+    products += ("sm_80", float32, "tf32"), ("sm_80", float16, None)
+    cases = (  # width, kernel, stride, padding, arrangement
+        (9, (3, 3), 1, 1, contiguous),
+        (9, (3, 3), 1, 1, channels_last),
+        (9, (1, 1), 1, 0, contiguous),
+        (64, (3, 5), 1, 1, contiguous),
+        *((64, (3, 3), stride, padding, contiguous) for stride in (1, 2) for padding in (0, 1)),
+        *((64, (kernel, kernel), 2, padding, contiguous) for kernel in (2, 4) for padding in (0, 1)),
     )
-    for arch, dtype in itertools.product(("sm_90a", "sm_80"), (np.dtype("float32"), np.dtype("float16"))):
-        for width, kernel, stride, padding, arrange in cases:
-            shapes = (2, 18, 5, width), (18, 22, 3, kernel)
-            geometry = Geometry.of(*shapes, (1, stride), (1, padding), (0, stride - 1))
-            input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
-            with architecture(arch):
-                weight_gradient(arrange(input), arrange(grad), geometry, precision="tf32")
+    for (arch, dtype, precision), (width, kernel, stride, padding, arrange) in itertools.product(products, cases):
+        shapes = (2, 70, 5, width), (70, 22, *kernel)
+        output_padding = (0, int(stride == 2 and kernel[1] == 3))  # for an even width
+        geometry = Geometry.of(*shapes, (1, stride), (1, padding), output_padding)
+        input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
+        with architecture(arch):
+            weight_gradient(arrange(input), arrange(grad), geometry, precision=precision)
 
 
 def _choose(choose, wanted, candidates, *sizes):

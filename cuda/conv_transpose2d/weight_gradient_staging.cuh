@@ -17,8 +17,8 @@
 //                    taps.
 // All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
 // number of instructions: where all that a warp loads exists, it asks once instead of for each element. The rows of
-// three taps keep their addresses from step to step (begin() forms them where a strip begins); the others find them
-// anew from TileRows.
+// all taps at once keep their addresses from step to step (begin() forms them where a strip begins); the others find
+// them anew from TileRows.
 #pragma once
 #include "index_space.cuh"
 #include "opaque.cuh"

@@ -16,9 +16,9 @@
 // multiplies by itself, but an instruction waits until the tensor cores take it: a warpgroup that has issued its
 // products has seen most of them done. So the first warpgroup issues them before it stages, the last one after, one in
 // between half of them before and half after, and neither the tensor cores nor what stages ever wait for each other in
-// all warpgroups at once. Blocks divide the channels, taps, groups, and the pixels into slices; the slices' partial
-// sums [slice][group][tap][row][column] are added in order by SumSlices (weight_gradient.cu): two runs agree bit for
-// bit.
+// all warpgroups at once. (mma.sync: all after.) Blocks divide the channels, taps, groups, and the pixels into slices;
+// the slices' partial sums [slice][group][tap][row][column] are added in order by SumSlices (weight_gradient.cu): two
+// runs agree bit for bit.
 //
 // x outside the image is left out. gy outside is zero, as in torch, where x is multiplied by that zero: an infinity
 // there gives NaN. Meant for sm_80 and later with WarpProducts, for sm_90a with WarpgroupProducts, and with

@@ -276,8 +276,8 @@ def _as_they_are(tensors):
 def release_saved(ctx):
     """Lets go of what `ctx` has saved, within a backward pass that will not look at it again.
 
-    PyTorch does so when the whole backward pass has run, and until then its results lie in memory beside it. Where the
-    graph is kept for another pass nothing happens.
+    PyTorch does so when the function returns that calls this, and until then its results lie in memory beside it. Where
+    the graph is kept for another pass nothing happens.
     """
     if not torch.compiler.is_compiling():
         ctx.maybe_clear_saved_tensors()

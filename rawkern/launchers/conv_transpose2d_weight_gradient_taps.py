@@ -175,7 +175,7 @@ class TapsPlan:
 
 def products_for(geometry, dtype, precision, arch):
     """How tensor cores multiply a geometry's values; None if they do not: channels too few to fill them, float64, or
-    full float32 before Hopper."""
+    full float32 elsewhere than on Hopper."""
     per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
     if min(per_group) < 16 or geometry.batch == 0:
         return None
