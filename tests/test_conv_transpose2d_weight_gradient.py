@@ -159,7 +159,7 @@ BLOCKS = {
         block,
     )
     for products, itemsize in itertools.product((taps.WARP, taps.WARPGROUP, taps.SPLIT), (4, 2))
-    for share in (SHARES if products != taps.SPLIT or itemsize == 4 else ())
+    for share in SHARES
     for block in taps.blocks(itemsize, products, share)
 }
 

@@ -72,7 +72,7 @@ struct TapsPlace {
 // what is in the ring.
 struct TapsWalk {
   int64 unit;
-  int left, local, length, first_row;  // `left`: units, this one included
+  int left, local, length, first_row;  // `left`: units, this one included, in a register less than the end takes
 
   __device__ TapsWalk(int64 unit, int64 end, const WeightGradientTapsParams& p) : unit(unit), left(int(end - unit)) {
     enter(p);
@@ -184,7 +184,7 @@ struct WeightGradientTaps {
     RAWKERN_DYNAMIC_SHARED(Storage, shared);
     TapsPlace place(linear_block(), p, kRows, kTaps);
     if (place.slice >= p.slices || place.taps_h <= 0) return;
-    int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0), tap = kTaps == 1 ? 0 : warp / 4 % kTaps;
+    int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0), tap = warp / 4 % kTaps;
     int part = kSpread == 1 ? 0 : warp / 4 / kTaps;
     typename Products::Accumulators sum;
 #pragma unroll
@@ -238,7 +238,7 @@ struct WeightGradientTaps {
         Products::template multiply<kRows, halves.kFirst, halves.kLast>(sum, x, y, (plan & kMultiplies) != 0);
       };
       __syncthreads();
-      if (is_first && !is_last)
+      if (is_first)
         multiply(Halves<0, kHalves>());
       else if (!is_last)
         multiply(Halves<0, kHalves / 2>());

@@ -71,11 +71,12 @@ def pointwise_backward(grad_output, input, tensors, signature, numbers, needs):
 
 def composed_gradients(function, inputs, needs, grad_output):
     """The gradients of `function(*inputs)` that are needed, themselves differentiable; None for the others."""
+    inputs = unwrapped(inputs)
     if is_transformed():  # which allows no requires_grad_()
-        return _transformed_gradients(function, unwrapped(inputs), needs, grad_output)
+        return _transformed_gradients(function, inputs, needs, grad_output)
     with torch.enable_grad():
         # Views, so that a tensor that is given twice counts twice.
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in unwrapped(inputs)]
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
         for tensor in wanted:
             if not tensor.requires_grad:  # that of a finished transform of torch.func
@@ -85,11 +86,11 @@ def composed_gradients(function, inputs, needs, grad_output):
 
 
 def _transformed_gradients(function, inputs, needs, grad_output):
-    others = [None if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
+    """`composed_gradients` inside a transform of torch.func."""
 
     def of_wanted(*wanted):
-        wanted = spread(needs, wanted)
-        return function(*(tensor if other is None else other for tensor, other in zip(wanted, others, strict=True)))
+        found = iter(wanted)
+        return function(*(next(found) if need else tensor for tensor, need in zip(inputs, needs, strict=True)))
 
     wanted = (tensor for tensor, need in zip(inputs, needs, strict=True) if need)
     return spread(needs, torch.func.vjp(of_wanted, *wanted)[1](grad_output))

@@ -80,9 +80,12 @@ def view_of(array, axis):
 
 @functools.lru_cache(4096)
 def plan(outer, channels, inner, itemsize, alignment):
-    """The ChannelPlan for non-empty memory (outer, channels, inner) that starts at a multiple of so many bytes."""
+    """The ChannelPlan for non-empty memory (outer, channels, inner) that starts at a multiple of so many bytes.
+
+    `alignment` is a power of two, at most 16.
+    """
     vector = 16 // itemsize
-    aligned = max(1, math.gcd(16, alignment) // itemsize)
+    aligned = max(1, alignment // itemsize)
     total = outer * channels * inner
     # Short rows, and rows that 16-byte loads do not fit, are read as columns if there are enough rows to sum over.
     if outer >= 4 and (inner < 64 or (outer >= 16 and inner < 4096 and inner % vector and total % vector == 0)):

@@ -81,8 +81,7 @@ class MatrixPlan(WeightGradientPlan):
 
 def serves(geometry, dtype, precision):
     """Whether tensor cores are asked for, and channels enough to fill a matrix."""
-    per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    return uses_tensor_cores(dtype, precision) and min(per_group) >= _FEWEST
+    return uses_tensor_cores(dtype, precision) and min(geometry.depth_and_rows(True)) >= _FEWEST
 
 
 @functools.lru_cache(maxsize=4096)

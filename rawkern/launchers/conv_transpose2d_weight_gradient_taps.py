@@ -122,30 +122,26 @@ _SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64
 PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
 #: For kernels of some widths, by (width, stride).
 ALL_TAPS = {(3, 1): "AlongThreeTaps", **{(width, 2): f"AlongTapsStride2<{width}>" for width in (2, 3, 4)}}
+_WIDTHS = {share: width for (width, _), share in ALL_TAPS.items()}
 #: Rows of x that a lane has in UnitRows lie so far apart.
 _UNIT_ROWS = 32
 
 
 @functools.cache
 def blocks(itemsize, products, share):
-    """The blocks there are: those whose values fit into registers and shared memory."""
+    """The blocks there are: those whose values fit into registers and shared memory; 16-bit values are not split."""
     too_large = set()
     if products == WARP:
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if products == SPLIT:
-        too_large |= {(3, 192, 1), (2, 256, 1), (2, 256, 2)}
+        too_large |= {(3, 192, 1), (2, 256, 1), (2, 256, 2)} if itemsize == 4 else set(_SHAPES)
     if share == PIXELS and itemsize == 2:
         too_large |= {(3, 192, 1), (2, 256, 2)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
-    if width := _width_of(share):
+    if width := _WIDTHS.get(share):
         too_large |= {shape for shape in _SHAPES if (shape[0] == 3) != (width == 3)}  # kernels are squares mostly
     return tuple(Block(products, *shape) for shape in _SHAPES if shape not in too_large)
-
-
-def _width_of(share):
-    """The width of the kernels that a way of staging all taps at once is for; None of the other ways."""
-    return next((width for (width, _), name in ALL_TAPS.items() if name == share), None)
 
 
 @dataclass(frozen=True)
@@ -176,8 +172,7 @@ class TapsPlan:
 def products_for(geometry, dtype, precision, arch):
     """How tensor cores multiply a geometry's values; None if they do not: channels too few to fill them, float64, or
     full float32 elsewhere than on Hopper."""
-    per_group = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
-    if min(per_group) < 16 or geometry.batch == 0:
+    if min(geometry.depth_and_rows(True)) < 16 or geometry.batch == 0:
         return None
     if uses_tensor_cores(dtype, precision):
         return WARPGROUP if arch == "sm_90a" else WARP
@@ -234,7 +229,7 @@ def _tile_taps(geometry, block, share):
         channels = block.columns // taps
         if block.columns % (16 * taps) or channels % (block.columns // (4 * block.warpgroups)):
             continue  # a warp's rows must be of one tap
-        if _width_of(share) not in (None, taps):
+        if _WIDTHS.get(share, taps) != taps:
             continue
         if share == WINDOWS and not (taps > 1 and (taps - 1) * geometry.dilation[1] <= _WINDOW):
             continue
@@ -376,5 +371,4 @@ def kernels():
     for dtype, products in itertools.product(DTYPES, (WARP, WARPGROUP, SPLIT)):
         for share in (PIXELS, CHANNELS, WINDOWS, *ALL_TAPS.values()):
             for block in blocks(dtype.itemsize, products, share):
-                if products != SPLIT or dtype == np.float32:
-                    yield _kernel(dtype, block, share)
+                yield _kernel(dtype, block, share)
