@@ -32,9 +32,7 @@ struct ChannelPartials {
     walk.store(params.partials, sums);
   }
 
-  __device__ static void run(const Params& params) {
-    with_width<T>(params.layout, [&](auto width) { run_width<width.value>(params); });
-  }
+  __device__ static void run(const Params& params) { run_with_width<ChannelPartials, T>(params); }
 };
 
 // output[c] is the sum of partials[e / inner * stride + c * inner + e % inner] for e < count.

@@ -264,9 +264,7 @@ struct Reducing {
     walk.store(params.partials, sums);
   }
 
-  __device__ static void run(const Params& params) {
-    with_width<T>(params.layout, [&](auto width) { run_width<width.value>(params); });
-  }
+  __device__ static void run(const Params& params) { run_with_width<Reducing, T>(params); }
 };
 
 }  // namespace rawkern

@@ -232,22 +232,22 @@ struct WeightGradientTaps {
     int plan = now | uniform(load_next()) << kStepBits;  // the bits of this step, of the next, of the next but one
     bool is_first = Products::kAsynchronous && warp < 4, is_last = !Products::kAsynchronous || warp >= kWarps - 4;
     for (int stage = 0, slot = 0; (plan & kStep) != 0;) {
-      auto multiply = [&](auto halves) {
+      // Worked out anew for each call: there is no register to keep it in.
+      auto x = [&]() {
         int own_slot = slot < tap ? slot - tap + kSlots : slot - tap;
-        const unsigned char *x = shared.slot[own_slot] + part * 64 * kSwizzledRow, *y = shared.stage[stage];
-        Products::template multiply<kRows, halves.kFirst, halves.kLast>(sum, x, y, (plan & kMultiplies) != 0);
+        return shared.slot[own_slot] + part * 64 * kSwizzledRow;
       };
       __syncthreads();
       if (is_first)
-        multiply(Halves<0, kHalves>());
+        Products::template multiply<kRows, 0, kHalves>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
       else if (!is_last)
-        multiply(Halves<0, kHalves / 2>());
+        Products::template multiply<kRows, 0, kHalves / 2>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
       store(staged, plan >> kStepBits, shared, after(stage, kStages), after(slot, kSlots), warp, steps);
       plan = uniform(plan | load_next() << 2 * kStepBits);
       if (is_last)
-        multiply(Halves<0, kHalves>());
+        Products::template multiply<kRows, 0, kHalves>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
       else if (!is_first)
-        multiply(Halves<kHalves / 2, kHalves>());
+        Products::template multiply<kRows, kHalves / 2, kHalves>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
       Products::end_step();
       plan >>= kStepBits;
       stage = after(stage, kStages), slot = after(slot, kSlots);

@@ -23,19 +23,16 @@ struct ChannelLayout {
   int64 vector;       // elements that are read at a time: a power of two, at most 16 bytes
 };
 
-// Calls run(Width<n>()) for the number n of elements that are read at a time.
-template <int kWidth>
-struct Width {
-  static constexpr int value = kWidth;
-};
-template <class T, int kWidth = 16 / int(sizeof(T)), class Run>
-__device__ inline void with_width(const ChannelLayout& layout, Run run) {
+// Calls Kernel::run_width<n>(params) for the number n of elements of type T that are read at a time. No generic lambda:
+// NVRTC before 13.4 takes those for functions of the host.
+template <class Kernel, class T, int kWidth = 16 / int(sizeof(T))>
+__device__ inline void run_with_width(const typename Kernel::Params& params) {
   if constexpr (kWidth == 1)
-    run(Width<1>());
-  else if (layout.vector == kWidth)
-    run(Width<kWidth>());
+    Kernel::template run_width<1>(params);
+  else if (params.layout.vector == kWidth)
+    Kernel::template run_width<kWidth>(params);
   else
-    with_width<T, kWidth / 2>(layout, run);
+    run_with_width<Kernel, T, kWidth / 2>(params);
 }
 
 // Quotient and remainder of a running number by `divisor`, advanced by a fixed step without dividing anew.
