@@ -2,14 +2,14 @@
 //
 // A warp owns 16 of a job's output channels by all its columns, and ends them chunk by chunk: 32 outputs of each
 // channel, 8 values of each of a thread's two channels. It has a scheduler almost to itself, so nothing hides what it
-// waits for: these 8 go through their functions together, in the registers where they were summed. The code for a chunk
-// is written out once; only taking a chunk out of the 128 sums, which no instruction can index, is written out for
-// each. A thread's values belong to two channels, whose bias and operands are loaded once per job. Where a chunk lies
-// in the output is counted up from the one before, without a division.
+// waits for: these 8 go through their functions together, in the registers where they were summed. The code for one or
+// two chunks is written out once, for the first sums, whose place the others then take (see Chunks). A thread's values
+// belong to two channels, whose bias and operands are loaded once per job. Where the columns of a job lie in the output
+// is found out once, too, by all lanes together, and passed around by shuffles.
 //
 // A thread has two neighbouring base pixels in all phases of the pass: a run of 2, 4 or 8 outputs of a row. Where 16
-// bytes of these are neighbours in memory, aligned, and exist whole or not at all (the host says so,
-// WarpgroupParams::out_vector), they are stored straight from the registers. Otherwise chunks pass through a piece of
+// bytes of these are neighbours in memory, aligned, and exist whole or not at all (the host says so, and takes a kernel
+// that stores so many), they are stored straight from the registers. Otherwise chunks pass through a piece of
 // shared memory of the warp's own, from where lanes run along rows of the output: with 16 bytes each where that many
 // are aligned, with two neighbours where pairs are (other even widths), else with one (odd widths, strides without such
 // a pass). Where the neighbours are channels, a chunk lies there channel by channel (16-bit types are transposed by
@@ -36,12 +36,14 @@ constexpr int kTogether = 8;  // values that a lane reads back from shared memor
 // The channels of a warp: `first` over all groups, and how many of its rows exist. And which of them a lane has; what
 // follows from the lane is computed per job, or it would take registers while products are summed.
 struct WarpRows {
-  int first, count, lane;
+  int first, count, lane;  // count: below 1 if there are none
 
   __device__ WarpRows(const WarpgroupParams& p, int group_row, int first_row) {
     int row = first_row + threadIdx.x / kWarp % 4 * kWarpRows, left = p.rows - row;
     first = group_row + row;
-    count = left < 0 ? 0 : left < kWarpRows ? left : kWarpRows;
+    // Not limited from below as well: the assembler of CUDA 13.0 makes one instruction of both limits and takes a
+    // predicate of it, which says something else, for the answer to count == kWarpRows.
+    count = left < kWarpRows ? left : kWarpRows;
     lane = opaque(int(threadIdx.x % kWarp));
   }
   // A thread's accumulators belong to two rows, r = 0 and 1.
@@ -72,26 +74,18 @@ struct Fragment {
 
   float value[2][kGroups][kRun];
 
-  // Chunk `chunk` of the sums, with their biases: a tree of branches, which all lanes take together. Biases are taken
-  // as they come there, or they would be added to all sums first, and those then be moved.
-  template <int kFirst = 0, int kChunks = kCount>
+  // Chunk `chunk` of the sums, with their biases; a constant, since registers cannot be indexed. Biases are taken as
+  // they come there, or they would be added to all sums first.
   __device__ void take(const float (&sum)[kPhases][Gather::kPixels / 2], int chunk, const float (&bias)[2]) {
-    if constexpr (kChunks > 1) {
-      if (!(chunk & kChunks / 2))
-        take<kFirst, kChunks / 2>(sum, chunk, bias);
-      else
-        take<kFirst + kChunks / 2, kChunks / 2>(sum, chunk, bias);
-    } else {
-      float own_bias[2] = {bias[0], bias[1]};
-      pin(own_bias);
+    float own_bias[2] = {bias[0], bias[1]};
+    pin(own_bias);
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g)
+      for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-          for (int k = 0; k < kRun; ++k)
-            value[r][g][k] = sum[k % kPhases][(kFirst * kGroups + g) * 4 + r * 2 + k / kPhases] + own_bias[r];
-    }
+        for (int k = 0; k < kRun; ++k)
+          value[r][g][k] = sum[k % kPhases][(chunk * kGroups + g) * 4 + r * 2 + k / kPhases] + own_bias[r];
   }
 
   // Which pixel of its group, and which phase, value k of a run belongs to.
@@ -144,20 +138,17 @@ struct RoundedFragment {
   }
 };
 
-// Walks along a job's columns, one channel's places in them: a lane at its own one. A row of the tile is a whole number
-// of groups of 8 pixels, so that lanes within a group change rows together. A step is a few additions; what has to be
-// found out about a row, if it exists and where it lies, is found out when the walk gets there.
-struct ColumnWalk {
+// What exists of a job's outputs in one channel, and where. Columns are the tile's pixels of one phase, row after row.
+struct TileOutputs {
   const WarpgroupParams& p;
+  const TilePlace& tile;
   int image_rows, limit, last_phases;  // what exists: rows of an image; of the tile's rows, the pixels; of their last
                                        // one, the phases
-  int rows_left, row;                  // of the tile; and of the image, where they may lie beyond what exists
-  int column, end;                     // of the tile; and the first one of this row that does not exist
-  int64 place;
+  int rows_left;                       // of the tile
+  int64 place;                         // of its first output
 
-  // At the tile's first column.
-  __device__ ColumnWalk(const WarpgroupParams& p, const TilePlace& tile, const Job& job, int channel)
-      : p(p), row(tile.row), column(0) {
+  __device__ TileOutputs(const WarpgroupParams& p, const TilePlace& tile, const Job& job, int channel)
+      : p(p), tile(tile) {
     int first_h = p.phase[job.pass][0], first_w = p.phase[job.pass][1];
     // Only the last base pixel of a row or column can lack phases, perhaps all.
     image_rows = p.base_size[0] - (p.out_step[0] * (p.base_size[0] - 1) + first_h >= p.out_size[0]);
@@ -169,80 +160,41 @@ struct ColumnWalk {
     place = tile.image * p.out_strides[0] + channel * p.out_strides[1] +
             (p.out_step[0] * tile.row + first_h) * p.out_strides[2] +
             (p.out_step[1] * tile.column + first_w) * p.out_strides[3];
-    enter_row();
   }
 
-  // How many outputs of a channel exist in a tile within one image, of a walk that has not begun.
+  // How many outputs of a channel exist in a tile within one image.
   __device__ int count(int phases) const {
-    int in_image = image_rows - row, rows = in_image < rows_left ? in_image : rows_left;
+    int in_image = image_rows - tile.row, rows = in_image < rows_left ? in_image : rows_left;
     return rows > 0 && limit > 0 ? rows * (limit * phases - (last_phases < phases ? phases - last_phases : 0)) : 0;
   }
 
   // Whether the pixels of the last column have no such phase.
   __device__ bool lacks(int phase) const { return phase > 0 && phase >= last_phases; }
 
-  // How many pixels exist from here to the end of the row: any number below 1 if none does.
-  __device__ int left() const { return end - column; }
-
   __device__ int64 pixel_stride() const { return p.out_step[1] * p.out_strides[3]; }
 
-  // Within the row, forwards or, before the walk begins, back.
-  __device__ void move(int pixels, int64 places) {
-    column += pixels;
-    place += places;
+  // Where column `column` lies. Returns how many pixels exist from there to the end of its row: any number below 1 if
+  // none does.
+  __device__ int locate(int column, int64& at) const {
+    int row = int((column + 0.5f) * math::fast_reciprocal(float(p.pitch)));  // far from whole, see Divisor
+    int column_of_row = column - row * p.pitch, image, image_row;
+    tile.locate(p, row, image, image_row);
+    at = place + (image - tile.image) * p.out_strides[0] + (image_row - tile.row) * (p.out_step[0] * p.out_strides[2]) +
+         column_of_row * pixel_stride();
+    return (row < rows_left && image_row < image_rows ? limit : 0) - column_of_row;
   }
-  __device__ void move(int pixels) { move(pixels, pixels * pixel_stride()); }
-
-  // By `pixels`, which are `places` apart.
-  __device__ void advance(int pixels, int64 places) {
-    move(pixels, places);
-#pragma unroll 1
-    while (column >= p.pitch) next_row();
-  }
-  __device__ void advance(int pixels) { advance(pixels, pixels * pixel_stride()); }
-
-  __device__ void next_row() {
-    move(-p.pitch);
-    place += p.out_step[0] * p.out_strides[2];
-    --rows_left;
-    if (++row == p.stack) {
-      row = 0;
-      place += p.out_strides[0] - p.stack * (p.out_step[0] * p.out_strides[2]);
-    }
-    enter_row();
-  }
-  __device__ void enter_row() { end = rows_left > 0 && row < image_rows ? limit : 0; }
 };
 
-// Goes along the columns of a thread's values, chunk by chunk.
-template <class Gather>
-struct FragmentWalk : ColumnWalk {
-  using Values = Fragment<Gather>;
-  static constexpr int kGroups = Values::kGroups;
+// Where a job's groups of 8 neighbouring columns lie, of which there are no more than lanes: each lane finds out about
+// one of them, once, and tells the others. A row of the tile is a whole number of groups.
+struct GroupPlaces {
+  int64 place;
+  int left;
 
-  // Before the first chunk.
-  __device__ FragmentWalk(const ColumnWalk& walk, const WarpRows& rows) : ColumnWalk(walk) {
-    move(Values::pixel_of(rows.lane, 0) - 8 * kGroups);
-  }
-  // Places are right only where phases and pixels are neighbours.
-  __device__ void next_chunk() { advance(8 * kGroups, kWarp); }
-
-  // visit(group, pixels that exist from the thread's first one in it on, a place, the pixels from there to that one),
-  // group by group. Mostly all groups are in one row: then the place is the first group's.
-  template <class Visit>
-  __device__ void for_each(Visit visit) const {
-    if (kGroups == 1 || column + 8 * (kGroups - 1) < p.pitch) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) visit(g, left() - 8 * g, place, 8 * g);
-    } else {
-      ColumnWalk at = *this;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        visit(g, at.left(), at.place, 0);
-        at.advance(8, 8 * Gather::kPhases);
-      }
-    }
-  }
+  __device__ GroupPlaces(const TileOutputs& outputs, int lane) { left = outputs.locate(8 * lane, place); }
+  // As TileOutputs::locate() has it for a group's first column. All lanes of the warp call it.
+  __device__ int64 place_of(int group) const { return __shfl_sync(kFullMask, place, group); }
+  __device__ int left_of(int group) const { return __shfl_sync(kFullMask, left, group); }
 };
 
 // Neighbours that are stored by one instruction.
@@ -276,8 +228,8 @@ struct alignas(16) Chunk {
   }
 };
 
-// How a warp stores chunks in tensors of the output's shape and strides, in one of four ways, which differ in what
-// neighbours one instruction stores, and how many (WarpgroupParams::out_vector tells how many it may). Straight from
+// How a warp stores chunks in tensors of the output's shape and strides, in one of several ways, which differ in what
+// neighbours one instruction stores, and how many (see Store, to which the host says how many it may). Straight from
 // the registers: a thread's run, or 16 bytes of it; not less, since a warp's store then touches eight rows for few
 // bytes each (measured: 8 bytes take 10 to 15 % longer, for a whole convolution, than the way by shared memory).
 template <class T, class Gather>
@@ -286,33 +238,33 @@ struct RunStore {
   static constexpr int kVector = Rounded::kWords * 4 / sizeof(T);
   static constexpr bool kPossible = kVector * sizeof(T) >= 16, kThroughMemory = false;
 
+  using Values = Fragment<Gather>;
+
   const WarpgroupParams& p;
   const WarpRows& rows;
-  FragmentWalk<Gather> walk;
+  GroupPlaces groups;
+  int pixel;  // this lane's first one in a group
+  int64 own;  // from a group's place to the lane's
 
-  __device__ RunStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>&, const ColumnWalk& walk)
-      : p(p), rows(rows), walk(walk, rows) {
-    this->walk.place += rows.of_thread(0) * p.out_strides[1];
+  __device__ RunStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>&, const TileOutputs& outputs)
+      : p(p), rows(rows), groups(outputs, rows.lane), pixel(Values::pixel_of(rows.lane, 0)) {
+    own = rows.of_thread(0) * p.out_strides[1] + pixel * Gather::kPhases;
   }
 
-  // To the next chunk, at first to the first one.
-  __device__ void advance() { walk.next_chunk(); }
-
-  __device__ void store(void* tensor, const Rounded& fragment) const {
-    T* row[2];
-    walk.for_each([&](int g, int left, int64 place, int pixels) {
-      // Opaque, or addresses would be computed from the tensor's anew under the condition of every store.
-      if (pixels == 0) {
+  __device__ void store(int chunk, void* tensor, const Rounded& fragment) const {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) row[r] = opaque(static_cast<T*>(tensor) + (place + r * 8 * p.out_strides[1]));
-      }
+    for (int g = 0; g < Values::kGroups; ++g) {
+      int group = chunk * Values::kGroups + g, left = groups.left_of(group) - pixel;
+      T* to = static_cast<T*>(tensor) + (groups.place_of(group) + own);
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < 2; ++r) {
+        // Opaque, or addresses would be computed from the tensor's anew under the condition of every store.
+        to = opaque(to + r * 8 * p.out_strides[1]);
         fragment.for_each_piece(r, g, [&](int k, const typename Rounded::Words& words) {
-          if (rows.has(r) && k / Gather::kPhases < left)
-            store_words(row[r] + (pixels * Gather::kPhases + k), words.value);
+          if (rows.has(r) && k / Gather::kPhases < left) store_words(to + k, words.value);
         });
-    });
+      }
+    }
   }
 };
 
@@ -326,39 +278,38 @@ struct ChunkStore {
 
   const WarpgroupParams& p;
   const WarpRows& rows;
-  Chunk<T>& chunk;
-  ColumnWalk walk;  // of this lane's first output of the chunk
+  Chunk<T>& memory;
+  GroupPlaces groups;
+  int missing;  // the lane stores if more pixels than these exist from its group's first one on
+  int64 own;    // from a group's place to the lane's
 
-  __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
-      : p(p), rows(rows), chunk(chunk), walk(walk) {
-    int phase = column() % kPhases;
-    this->walk.place += row() * p.out_strides[1] + phase * p.out_strides[3];
-    this->walk.limit -= walk.lacks(phase);
-    this->walk.move(column() / kPhases - kPixels);
-    this->walk.enter_row();
+  __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& memory, const TileOutputs& outputs)
+      : p(p), rows(rows), memory(memory), groups(outputs, rows.lane) {
+    int phase = column() % kPhases, pixel = column() / kPhases % 8;
+    missing = pixel + outputs.lacks(phase);
+    own = row() * p.out_strides[1] + phase * p.out_strides[3] + pixel * outputs.pixel_stride();
   }
 
   // The first of the chunk's rows that a lane stores, and its column there.
   __device__ int row() const { return rows.lane * kEach / kWarp; }
   __device__ int column() const { return rows.lane * kEach % kWarp; }
 
-  // To the next chunk, at first to the first one.
-  __device__ void advance() { walk.advance(kPixels, kVector > 0 ? int64(kWarp) : kPixels * walk.pixel_stride()); }
-
-  __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
-    chunk.fill(fragment, rows);
+  __device__ void store(int chunk, void* tensor, const RoundedFragment<T, Gather>& fragment) const {
+    int group = chunk * Fragment<Gather>::kGroups + column() / kPhases / 8;
+    int64 place = groups.place_of(group) + own;
+    bool exists = groups.left_of(group) > missing;
+    memory.fill(fragment, rows);
     __syncwarp();
-    store_rows(static_cast<T*>(tensor) + walk.place);
+    store_rows(static_cast<T*>(tensor) + place, exists);
     __syncwarp();
   }
 
-  __device__ void store_rows(T* to) const {
+  __device__ void store_rows(T* to, bool exists) const {
     using Piece = StorePiece<T, kEach>;
-    constexpr int kApart = sizeof(chunk.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
+    constexpr int kApart = sizeof(memory.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
     constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
-    const Piece* from = reinterpret_cast<const Piece*>(&chunk.at[row()][column()]);
+    const Piece* from = reinterpret_cast<const Piece*>(&memory.at[row()][column()]);
     const int64 step = kEach * p.out_strides[1];
-    bool exists = walk.left() > 0;
     if (exists & (rows.count == kWarpRows)) {  // one branch, not two
 #pragma unroll
       for (int first = 0; first < kCount; first += kAtOnce) {
@@ -453,9 +404,9 @@ struct ChannelChunk<T, Gather, 2> {
   __device__ const T* piece(int lane) const { return at + (lane / 8 * 8 + lane / 2 % 4) * kUnit + lane % 2 * kHalf; }
 };
 
-// Through shared memory, from where lanes run along channels, which are neighbours in the output: with 16 bytes each
-// where these are aligned, and exist whole or not at all; otherwise with fewer, -WarpgroupParams::out_vector channels.
-template <class T, class Gather>
+// Through shared memory, from where lanes run along channels, which are neighbours in the output, kChannels each: 16
+// bytes where these are aligned, and exist whole or not at all.
+template <class T, class Gather, int kChannels>
 struct ChannelStore {
   using InMemory = ChannelChunk<T, Gather>;
   static constexpr bool kThroughMemory = true;
@@ -464,36 +415,33 @@ struct ChannelStore {
 
   const WarpgroupParams& p;
   const WarpRows& rows;
-  InMemory chunk;
-  ColumnWalk walk;  // of this lane's first output of the chunk
+  InMemory memory;
+  GroupPlaces groups;
+  int group, missing;  // of the chunk's groups that of the lane's outputs, and of the pixels that exist from its first
+                       // one on those before the lane's
+  int64 own;           // from a group's place to the lane's first output
+  int64 step;          // from one of these to the next
 
-  __device__ ChannelStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& chunk, const ColumnWalk& walk)
-      : p(p), rows(rows), chunk{chunk.at[0]}, walk(walk) {
+  __device__ ChannelStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& memory, const TileOutputs& outputs)
+      : p(p), rows(rows), memory{memory.at[0]}, groups(outputs, rows.lane) {
     int phase = InMemory::phase_of(rows.lane), channel = InMemory::channel_of(rows.lane);
-    this->walk.place += channel + phase * p.out_strides[3];
-    this->walk.limit -= walk.lacks(phase);
-    if (whole() && channel >= rows.count) this->walk.limit = 0;
-    this->walk.move(InMemory::pixel_of(rows.lane) - kPixels);
-    this->walk.enter_row();
+    int pixel = InMemory::pixel_of(rows.lane);
+    group = pixel / 8;
+    missing = pixel % 8 + outputs.lacks(phase);
+    if (kChannels == kPiece && channel >= rows.count) missing = p.tile_columns;
+    own = channel + phase * p.out_strides[3] + pixel % 8 * outputs.pixel_stride();
+    step = InMemory::kStep * outputs.pixel_stride();
   }
 
-  __device__ bool whole() const { return p.out_vector == -kPiece; }
-
-  // To the next chunk, at first to the first one.
-  __device__ void advance() { walk.advance(kPixels); }
-
-  __device__ void store(void* tensor, const RoundedFragment<T, Gather>& fragment) const {
-    chunk.fill(fragment, rows.lane);
+  __device__ void store(int chunk, void* tensor, const RoundedFragment<T, Gather>& fragment) const {
+    int own_group = chunk * Fragment<Gather>::kGroups + group, left = groups.left_of(own_group) - missing;
+    int64 place = groups.place_of(own_group) + own;
+    memory.fill(fragment, rows.lane);
     __syncwarp();
-    T* to = static_cast<T*>(tensor);
-    if (whole())
-      store_whole(to);
-    else if (kPiece > 4 && p.out_vector == -4)
-      store_divided<4>(to);
-    else if (p.out_vector == -2)
-      store_divided<2>(to);
+    if constexpr (kChannels == kPiece)
+      store_whole(static_cast<T*>(tensor) + place, left);
     else
-      store_divided<1>(to);
+      store_divided(static_cast<T*>(tensor), place, left);
     __syncwarp();
   }
 
@@ -519,35 +467,32 @@ struct ChannelStore {
     }
   };
 
-  __device__ int64 step() const { return InMemory::kStep * walk.pixel_stride(); }
-
-  __device__ void store_whole(T* tensor) const {
+  __device__ void store_whole(T* to, int left) const {
     Parts<kPiece> pieces;
-    pieces.load(chunk.piece(rows.lane));
-    pieces.store(tensor + walk.place, step(), walk.left());
+    pieces.load(memory.piece(rows.lane));
+    pieces.store(to, step, left);
   }
 
-  // The pieces of the warp in parts of kVector channels, neighbouring parts by neighbouring lanes, so that what one
+  // The pieces of the warp in parts of kChannels, neighbouring parts by neighbouring lanes, so that what one
   // instruction stores of an output lies together. A part's place comes from the lane that has the piece.
-  template <int kVector>
-  __device__ void store_divided(T* tensor) const {
-    constexpr int kParts = kPiece / kVector, kMost = kTogether / kCount, kAtOnce = kParts < kMost ? kParts : kMost;
-    unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kVector;
+  __device__ void store_divided(T* tensor, int64 own_place, int own_left) const {
+    constexpr int kParts = kPiece / kChannels, kMost = kTogether / kCount, kAtOnce = kParts < kMost ? kParts : kMost;
+    unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kChannels;
 #pragma unroll
     for (int first = 0; first < kParts; first += kAtOnce) {
-      Parts<kVector> parts[kAtOnce];
+      Parts<kChannels> parts[kAtOnce];
       int64 place[kAtOnce];
       int left[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         unsigned lane = (first + n) * (kWarp / kParts) + own / kParts;
-        parts[n].load(chunk.piece(lane) + channel);
-        place[n] = __shfl_sync(kFullMask, walk.place, lane) + channel;
-        left[n] = __shfl_sync(kFullMask, walk.left(), lane);
+        parts[n].load(memory.piece(lane) + channel);
+        place[n] = __shfl_sync(kFullMask, own_place, lane) + channel;
+        left[n] = __shfl_sync(kFullMask, own_left, lane);
         if (InMemory::channel_of(lane) + channel >= rows.count) left[n] = 0;
       }
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) parts[n].store(tensor + place[n], step(), left[n]);
+      for (int n = 0; n < kAtOnce; ++n) parts[n].store(tensor + place[n], step, left[n]);
     }
   }
 };
@@ -561,18 +506,16 @@ struct Select<false, First, Second> {
   using type = Second;
 };
 
-// The four ways. Where runs are too short the first one is 16 bytes of a row that several threads have.
-template <class T, class Gather>
-struct Stores {
-  using Wide =
-      typename Select<RunStore<T, Gather>::kPossible, RunStore<T, Gather>, ChunkStore<T, Gather, 16 / sizeof(T)>>::type;
-  using Pairs = ChunkStore<T, Gather, 2>;
-  using Channels = ChannelStore<T, Gather>;
-  using Single = ChunkStore<T, Gather, 0>;
-  static constexpr int kWide = RunStore<T, Gather>::kPossible ? RunStore<T, Gather>::kVector : 16 / sizeof(T);
-  __device__ static bool wide(const WarpgroupParams& p) { return p.out_vector >= kWide; }
-  __device__ static bool pairs(const WarpgroupParams& p) { return kWide > 2 && p.out_vector >= 2; }
-  __device__ static bool channels(const WarpgroupParams& p) { return p.out_vector < 0; }
+// How to store kVector neighbours in memory, aligned, that all exist or none of them: outputs of a row, 1 or 2, or 16
+// bytes of them; or below 0, channels. Where runs are too short the 16 bytes are of a row that several threads have.
+template <class T, class Gather, int kVector>
+struct Store {
+  using Run = RunStore<T, Gather>;
+  using Row = ChunkStore<T, Gather, (kVector > 1 ? kVector : 0)>;
+  static_assert(kVector <= 2 || kVector * sizeof(T) == 16, "neither single outputs, nor pairs, nor 16 bytes");
+  using Outputs = typename Select<(kVector > 2) && Run::kPossible, Run, Row>::type;
+  using Channels = ChannelStore<T, Gather, (kVector < 0 ? -kVector : 1)>;
+  using type = typename Select<(kVector < 0), Channels, Outputs>::type;
 };
 
 // A chain of functions with the operands of a thread's two rows.
@@ -608,30 +551,47 @@ struct FragmentChain {
 };
 
 // A job's chunks, in order: for_each(visit) calls visit(i, values) for chunk i.
-template <class T, class Gather>
+//
+// No instruction can index registers. Branches to the code that takes chunk i cost a warp that is alone on its
+// scheduler some 130 cycles a chunk; code for each chunk does not fit into the nearest instruction cache, and takes
+// twice as long. So the first kChunks chunks are taken, over and over, and the other sums moved to their place. It
+// uses up the sums.
+template <class T, class Gather, int kChunks>
 struct Chunks {
+  using Values = Fragment<Gather>;
   using Sums = float[Gather::kPhases][Gather::kPixels / 2];
-  const Sums& sum;
+  static constexpr int kMoved = kChunks * Values::kGroups * 4;
+
+  Sums& sum;
   FragmentBias<T> bias;
 
-  __device__ Chunks(const Sums& sum, const void* bias, const WarpRows& rows) : sum(sum), bias(bias, rows) {}
+  __device__ Chunks(Sums& sum, const void* bias, const WarpRows& rows) : sum(sum), bias(bias, rows) {}
 
   template <class Visit>
-  __device__ void for_each(Visit visit) const {
+  __device__ __forceinline__ void for_each(Visit visit) const {
 #pragma unroll 1
-    for (int i = 0; i < Fragment<Gather>::kCount; ++i) {
-      Fragment<Gather> values;
-      values.take(sum, i, bias.value);
-      visit(i, values);
+    for (int i = 0; i < Values::kCount; i += kChunks) {
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        Values values;
+        take(k, values);
+        visit(i + k, values);
+      }
+#pragma unroll
+      for (int phase = 0; phase < Gather::kPhases; ++phase)
+#pragma unroll
+        for (int j = kMoved; j < Gather::kPixels / 2; ++j) sum[phase][j - kMoved] = sum[phase][j];
     }
   }
 
-  // Takes the values once more, which costs less than to keep them in registers while others pass through them.
-  __device__ void retake(int i, Fragment<Gather>& values) const { values.take(sum, opaque(i), bias.value); }
+  // Chunk i, when it is its turn. visit() may take it once more, if its values would need too many registers while
+  // others pass through them.
+  __device__ __forceinline__ void take(int i, Values& values) const { values.take(sum, i % kChunks, bias.value); }
 };
 
-// output = chain(sum + bias), and saved = sum + bias where the backward pass will need it. Same strides for both.
-template <class T, class Chain>
+// output = chain(sum + bias), and if kSave, saved = sum + bias, which the backward pass will need. Same strides for
+// both; kVector: see Store.
+template <class T, class Chain, int kVector, bool kSave>
 struct WarpgroupStore {
   static constexpr bool kAllRows = false;
   struct Params {
@@ -654,56 +614,31 @@ struct WarpgroupStore {
   }
 
   template <class Gather>
-  __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
-                          const TilePlace& tile, const Job& job, int group_row, int first_row) {
+  __device__ __forceinline__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
+                                          const TilePlace& tile, const Job& job, int group_row, int first_row) {
     WarpRows rows(gather, group_row, first_row);
-    if (rows.count == 0) return;
-    Chunk<T>& chunk = storage.chunks[threadIdx.x / kWarp];
-    if (!params.saved)
-      store<false, Gather>(sum, rows, chunk, tile, job);
-    else
-      store<true, Gather>(sum, rows, chunk, tile, job);
-  }
-
-  template <bool kSave, class Gather>
-  __device__ void store(const float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows, Chunk<T>& chunk,
-                        const TilePlace& tile, const Job& job) {
-    using Ways = Stores<T, Gather>;
-    if (Ways::wide(gather))
-      store_as<kSave, typename Ways::Wide, Gather>(sum, rows, chunk, tile, job);
-    else if (Ways::pairs(gather))
-      store_as<kSave, typename Ways::Pairs, Gather>(sum, rows, chunk, tile, job);
-    else if (Ways::channels(gather))
-      store_as<kSave, typename Ways::Channels, Gather>(sum, rows, chunk, tile, job);
-    else
-      store_as<kSave, typename Ways::Single, Gather>(sum, rows, chunk, tile, job);
-  }
-
-  template <bool kSave, class Store, class Gather>
-  __device__ void store_as(const float (&sum)[Gather::kPhases][Gather::kPixels / 2], const WarpRows& rows,
-                           Chunk<T>& chunk, const TilePlace& tile, const Job& job) {
-    // Not before the choice between the variants: what they share is kept in registers for all of them.
-    ColumnWalk walk(gather, tile, job, rows.first);
+    if (rows.count <= 0) return;
     using Rounded = RoundedFragment<T, Gather>;
+    using Tensors = typename Store<T, Gather, kVector>::type;
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
-    Store tensors(gather, rows, chunk, walk);
-    Chunks<T, Gather> chunks(sum, params.bias, rows);
+    TileOutputs outputs(gather, tile, job, rows.first);
+    Tensors tensors(gather, rows, storage.chunks[threadIdx.x / kWarp], outputs);
+    Chunks<T, Gather, 2> chunks(sum, params.bias, rows);
     chunks.for_each([&](int i, Fragment<Gather>& values) {
-      tensors.advance();
-      if (kSave) tensors.store(params.saved, Rounded(values));
-      if (kSave && Store::kThroughMemory) chunks.retake(i, values);
+      if (kSave) tensors.store(i, params.saved, Rounded(values));
+      if (kSave && Tensors::kThroughMemory) chunks.take(i, values);
       chain.apply(values);
-      tensors.store(params.output, Rounded(values));
+      tensors.store(i, params.output, Rounded(values));
     });
   }
 };
 
 // output = sum + bias, and for every channel and tile the moments of chain(output), as rounded to the element type:
 // moments[(image * channels + channel) * slots + slot]. Tiles do not straddle images (`stack` is a multiple of
-// `tile_rows`). Stored first and summed then, from the registers: both at once would need more of them than there are.
+// `tile_rows`).
 // Four lanes share a channel; they sum deviations and their squares in one pass, around a mean of a few of its values,
 // so that a large mean costs no digits.
-template <class T, class Chain>
+template <class T, class Chain, int kVector>
 struct WarpgroupStoreWithMoments {
   static constexpr bool kAllRows = false;
   struct Params {
@@ -730,19 +665,24 @@ struct WarpgroupStoreWithMoments {
   struct Deviations {
     using Values = Fragment<Gather>;
 
-    int lane;
+    const GroupPlaces& groups;
+    int pixel;  // the lane's first one in a group
+    bool lacks[Gather::kPhases];
     float origin[2], total[2] = {}, squares[2] = {};
 
-    __device__ explicit Deviations(const WarpRows& rows) : lane(rows.lane) {}
-
-    __device__ void add(const Values& values, const FragmentWalk<Gather>& walk) {
-      int left[Values::kGroups];
-      walk.for_each([&](int g, int pixels, int64, int) { left[g] = pixels; });
+    __device__ Deviations(const GroupPlaces& groups, const TileOutputs& outputs, const WarpRows& rows)
+        : groups(groups), pixel(Values::pixel_of(rows.lane, 0)) {
 #pragma unroll
-      for (int g = 0; g < Values::kGroups; ++g)
+      for (int phase = 0; phase < Gather::kPhases; ++phase) lacks[phase] = outputs.lacks(phase);
+    }
+
+    __device__ void add(const Values& values, int chunk) {
+#pragma unroll
+      for (int g = 0; g < Values::kGroups; ++g) {
+        int left = groups.left_of(chunk * Values::kGroups + g) - pixel;
 #pragma unroll
         for (int k = 0; k < Values::kRun; ++k) {
-          bool exists = k / Gather::kPhases < left[g] - walk.lacks(Values::phase_of(k));
+          bool exists = k / Gather::kPhases < left - lacks[Values::phase_of(k)];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             float deviation = exists ? values.value[r][g][k] - origin[r] : 0.0f;
@@ -750,15 +690,16 @@ struct WarpgroupStoreWithMoments {
             squares[r] += deviation * deviation;
           }
         }
+      }
     }
 
     // To the mean of four values of the first chunk; any number would do that is no further from the values than they
     // are from each other. The first lane's value exists, or nothing of the job does.
-    __device__ void set_origin(const Values& values, const ColumnWalk& tile) {
-      bool exists = Values::pixel_of(lane, 0) < tile.left();
+    __device__ void set_origin(const Values& values) {
+      bool exists = pixel < groups.left_of(0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float own = values.value[r][0][0], first = __shfl_sync(kFullMask, own, lane & ~3);
+        float own = values.value[r][0][0], first = __shfl_sync(kFullMask, own, int(threadIdx.x % kWarp) & ~3);
         origin[r] = row_sum(0.25f * (exists ? own : first));
       }
     }
@@ -780,56 +721,33 @@ struct WarpgroupStoreWithMoments {
   }
 
   template <class Gather>
-  __device__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
-                          const TilePlace& tile, const Job& job, int group_row, int first_row) {
+  __device__ __forceinline__ void consume(Storage<Gather>& storage, float (&sum)[Gather::kPhases][Gather::kPixels / 2],
+                                          const TilePlace& tile, const Job& job, int group_row, int first_row) {
     WarpRows rows(gather, group_row, first_row);
-    if (rows.count == 0) return;
-    ColumnWalk walk(gather, tile, job, rows.first);
-    Chunks<T, Gather> chunks(sum, params.bias, rows);
-    using Ways = Stores<T, Gather>;
-    Chunk<T>& chunk = storage.chunks[threadIdx.x / kWarp];
-    if (Ways::wide(gather))
-      store<typename Ways::Wide>(chunks, rows, chunk, walk);
-    else if (Ways::pairs(gather))
-      store<typename Ways::Pairs>(chunks, rows, chunk, walk);
-    else if (Ways::channels(gather))
-      store<typename Ways::Channels>(chunks, rows, chunk, walk);
-    else
-      store<typename Ways::Single>(chunks, rows, chunk, walk);
+    if (rows.count <= 0) return;
+    using Rounded = RoundedFragment<T, Gather>;
+    using Tensor = typename Store<T, Gather, kVector>::type;
+    TileOutputs outputs(gather, tile, job, rows.first);
+    Tensor tensor(gather, rows, storage.chunks[threadIdx.x / kWarp], outputs);
+    Chunks<T, Gather, 1> chunks(sum, params.bias, rows);
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
-    Deviations<Gather> deviations(rows);
-    ColumnWalk again(gather, Gather::place(gather, opaque(job.tile)), job, rows.first);
-    auto finish = [&](Fragment<Gather>& values) {
-      RoundedFragment<T, Gather>(values).get(values);
+    Deviations<Gather> deviations(tensor.groups, outputs, rows);
+    chunks.for_each([&](int i, Fragment<Gather>& values) {
+      tensor.store(i, params.output, Rounded(values));
+      if (Tensor::kThroughMemory) chunks.take(i, values);
+      Rounded(values).get(values);
       chain.apply(values);
-    };
-    Fragment<Gather> first;
-    first.template take<0, 1>(sum, 0, chunks.bias.value);
-    finish(first);
-    deviations.set_origin(first, again);
-    FragmentWalk<Gather> walk_again(again, rows);
-    chunks.for_each([&](int, Fragment<Gather>& values) {
-      walk_again.next_chunk();
-      finish(values);
-      deviations.add(values, walk_again);
+      if (i == 0) deviations.set_origin(values);
+      deviations.add(values, i);
     });
+    // Worked out anew, not kept in registers meanwhile.
     write(deviations, Gather::place(gather, opaque(job.tile)), job, rows);
-  }
-
-  template <class Store, class Gather>
-  __device__ void store(const Chunks<T, Gather>& chunks, const WarpRows& rows, Chunk<T>& chunk,
-                        const ColumnWalk& walk) const {
-    Store output(gather, rows, chunk, walk);
-    chunks.for_each([&](int, const Fragment<Gather>& values) {
-      output.advance();
-      output.store(params.output, RoundedFragment<T, Gather>(values));
-    });
   }
 
   template <class Gather>
   __device__ void write(const Deviations<Gather>& deviations, const TilePlace& tile, const Job& job,
                         const WarpRows& rows) const {
-    int count = ColumnWalk(gather, tile, job, 0).count(Gather::kPhases), r = rows.lane % 2;
+    int count = TileOutputs(gather, tile, job, 0).count(Gather::kPhases), r = rows.lane % 2;
     Moments moments[2] = {deviations.moments(0, count), deviations.moments(1, count)};
     int tiles_per_image = gather.stack / gather.tile_rows;
     int64 slot = tile.row_tile % tiles_per_image * gather.column_tiles + tile.column_tile;
@@ -1089,10 +1007,13 @@ struct WarpgroupChannelMin {
   template <class Gather>
   __device__ void write(const Own<Gather>& own, const Finds<Gather>* finds, const Job& job) {
     TilePlace tile = Gather::place(gather, opaque(job.tile));
-    ColumnWalk walk(gather, tile, job, 0);
+    TileOutputs outputs(gather, tile, job, 0);
     int64 place[Own<Gather>::kCount];
 #pragma unroll
-    for (int i = 0; i < Own<Gather>::kCount; ++i) place[i] = place_of(tile, walk, own.pixel_of(i), own.phase);
+    for (int i = 0; i < Own<Gather>::kCount; ++i) {
+      int left = outputs.locate(own.pixel_of(i), place[i]) - outputs.lacks(own.phase);
+      place[i] = left > 0 ? place[i] + own.phase * gather.out_strides[3] : -1;
+    }
     named_barrier(1 + job.consumer, kWarpgroup);
     Unit found[Own<Gather>::kCount];
     load_finds(found, own, finds);
@@ -1103,17 +1024,6 @@ struct WarpgroupChannelMin {
       params.values[place[i]] = best[i];
       params.index[place[i]] = channel[i];
     }
-  }
-
-  // Of a column in the output, -1 if it does not exist there.
-  __device__ int64 place_of(const TilePlace& tile, const ColumnWalk& walk, int pixel, int phase) const {
-    int row = int((pixel + 0.5f) * math::fast_reciprocal(float(gather.pitch)));  // far from whole, see Divisor
-    int column = pixel - row * gather.pitch, image, image_row;
-    tile.locate(gather, row, image, image_row);
-    if (row >= walk.rows_left || image_row >= walk.image_rows || column >= walk.limit - walk.lacks(phase)) return -1;
-    return walk.place + (image - tile.image) * gather.out_strides[0] +
-           (image_row - tile.row) * (gather.out_step[0] * gather.out_strides[2]) + column * walk.pixel_stride() +
-           phase * gather.out_strides[3];
   }
 };
 

@@ -6,12 +6,13 @@
 
 namespace rawkern {
 
-template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain>
-using WarpgroupForward = WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStore<T, Chain>>;
+template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain, int kVector, bool kSave>
+using WarpgroupForward =
+    WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStore<T, Chain, kVector, kSave>>;
 
-template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain>
+template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes, class Chain, int kVector>
 using WarpgroupForwardWithMoments =
-    WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStoreWithMoments<T, Chain>>;
+    WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupStoreWithMoments<T, Chain, kVector>>;
 
 template <class T, bool kSplit, int kPhases, int kPixels, int kStageBytes>
 using WarpgroupForwardChannelMin = WarpgroupGather<T, kSplit, kPhases, kPixels, kStageBytes, WarpgroupChannelMin<T>>;

@@ -104,9 +104,7 @@ struct WarpgroupGather {
 
   // An Ending that must see all channels has the groups among a tile's units; otherwise each group has its own tiles.
   __device__ static int groups_per_tile(const WarpgroupParams& p) { return Ending::kAllRows ? p.groups : 1; }
-  __device__ static TilePlace place(const WarpgroupParams& p, int tile) {
-    return TilePlace(p, tile, Ending::kAllRows ? 1 : p.groups);
-  }
+  __device__ static TilePlace place(const WarpgroupParams& p, int tile) { return TilePlace(p, tile, Ending::kAllRows); }
   __device__ static int group_of(const WarpgroupParams& p, const TilePlace& tile, int unit) {
     return Ending::kAllRows ? unit / p.units : tile.group;
   }
@@ -336,22 +334,34 @@ struct WarpgroupGather {
   // their weights and pixels, and the displacements of as many taps after these, which take long to look up.
   struct Taps {
     Ring ring;
-    uint64 stage, weights[kTapsTogether], pixels[kTapsTogether];
+    uint64 stage, slot_0, weights[kTapsTogether], pixels[kTapsTogether];
     int step, offsets[kTapsTogether];
 
     __device__ Taps(const WarpgroupParams& p, const Reader& reader, uint64 stage, int first)
         : ring{uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))},
           stage(uniform_descriptor(stage)),
+          slot_0(matrix_descriptor(reader.memory.weights(p, 0))),
           step(uniform(first)) {
       Ring next = ring;
 #pragma unroll
       for (int i = 0; i < kTapsTogether; ++i, next.advance(p.weight_stages)) {
-        weights[i] = matrix_descriptor(reader.memory.weights(p, next.slot));
+        weights[i] = of_slot(next.slot);
         pixels[i] = of(p.offset[step + i]);
         offsets[i] = p.offset[step + kTapsTogether + i];
       }
     }
     __device__ uint64 of(int offset) const { return advance_descriptor(stage, offset * kSwizzledRow); }
+    __device__ uint64 of_slot(int slot) const { return advance_descriptor(slot_0, slot * kWeightBytes); }
+    // From a shuffle, the compiler knows that the warp agrees on a descriptor, and forms those of a tap's instructions
+    // by one addition each, in the registers from which they are read. It does not see it in what a loop carries.
+    template <int kTaps>
+    __device__ void make_uniform() {
+#pragma unroll
+      for (int i = 0; i < kTaps; ++i) {
+        weights[i] = uniform_descriptor(weights[i]);
+        pixels[i] = uniform_descriptor(pixels[i]);
+      }
+    }
   };
 
   // Product `index` of those that kTaps taps of kSlices instructions are: all taps by two parts, then by the next two.
@@ -375,7 +385,7 @@ struct WarpgroupGather {
       next.ring = slot;
     }
     bool found = mbarrier_test(memory.weight_full[slot.slot], slot.parity);
-    next.weights[i] = computed_descriptor(matrix_descriptor(memory.weights(p, slot.slot)));
+    next.weights[i] = computed_descriptor(taps.of_slot(slot.slot));
     next.pixels[i] = i < kKnown ? taps.pixels[i + kTaps] : computed_descriptor(taps.of(taps.offsets[i - kKnown]));
     next.offsets[i] = i < kKnown ? taps.offsets[i + kTaps] : p.offset[taps.step + kTaps + kTapsTogether + i];
     return found;
@@ -391,9 +401,10 @@ struct WarpgroupGather {
   // An instruction waits until the tensor cores take it, and they have room for no more than one or two. So what comes
   // after the last product of these taps and before the first one of the next is time in which they run dry: no more
   // than a few instructions, and only once for two taps. What the next taps need is looked up between the products of
-  // these, a tap after each of the first products, without a branch (the assembler closes a group of products at the
-  // end of a basic block by itself, and waiting for a number of groups would count it). The taps' slots are given back
-  // when the next ones' products have been issued; those of split floats, whose sums are waited for, at once.
+  // these, a tap after a quarter of them and one after half, so that no pause between two is long, and without a branch
+  // (the assembler closes a group of products at the end of a basic block by itself, and waiting for a number of groups
+  // would count it). The taps' slots are given back when the next ones' products have been issued; those of split
+  // floats, whose sums are waited for, at once.
   template <int kSlices, int kTaps>
   __device__ __forceinline__ static void multiply_taps(const WarpgroupParams& p, Reader& reader, Taps& taps,
                                                        float (&total)[kPixels / 2], Run& run, int consumer) {
@@ -411,7 +422,7 @@ struct WarpgroupGather {
     Ring slot = taps.ring;
     bool found[kTapsTogether];
     wgmma_fence();
-    constexpr int kCount = kTaps * kSlices * kProducts, kGaps = kCount < kTapsTogether ? kCount : kTapsTogether;
+    constexpr int kCount = kTaps * kSlices * kProducts;
 #pragma unroll
     for (int product = 0; product < kCount; ++product) {
       if constexpr (!kSplit)
@@ -420,9 +431,10 @@ struct WarpgroupGather {
         multiply<kSlices, kTaps, false>(taps, product, run.sum);
       else
         multiply<kSlices, kTaps, true>(taps, product, run.sum);
+      if (product == 0) taps.template make_uniform<kTaps>();  // the first one does not wait for the shuffles
 #pragma unroll
       for (int i = 0; i < kTapsTogether; ++i) {
-        if (i * kGaps / kTapsTogether != product) continue;
+        if ((i + 1) * kCount / (2 * kTapsTogether) != product) continue;
 #pragma unroll
         for (int skipped = 0; skipped < (i == 0 ? kTaps : 1); ++skipped) slot.advance(p.weight_stages);
         found[i] = look_up<kTaps>(p, memory, taps, i, slot, next);
@@ -538,7 +550,8 @@ struct WarpgroupGather {
       }
       accumulate(p, reader, sum, job, !once || job.last);
       TilePlace tile = place(p, job.tile);
-      int group = group_of(p, tile, job.unit), first_row = job.unit % p.units * kRows;
+      int group = group_of(p, tile, job.unit);
+      int first_row = (Ending::kAllRows ? job.unit % p.units : job.unit) * kRows;
       ending.template consume<WarpgroupGather>(memory.ending, sum, tile, job, group * p.rows, first_row);
     });
   }

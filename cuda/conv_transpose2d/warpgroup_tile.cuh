@@ -12,6 +12,15 @@ constexpr int kMaxSteps = 256, kMaxPhases = 64, kMaxStages = 8, kMaxWeightStages
 // brings what is to be multiplied. Otherwise pixel by pixel.
 enum Staging { kStagePixels, kStageRows, kStageFlat, kStageChannels };
 
+// Division of a number below 2^31 by one that the host knows (fixed_divisor in conv_transpose2d_warpgroup.py): with
+// 2^shift the next power of two, the factor is 2^(31 + shift) / divisor, rounded to the next whole number above it;
+// what it is too large by adds less than 1 / divisor to the quotient, which does not reach the next whole number.
+struct FixedDivisor {
+  unsigned factor;
+  int shift;
+  __device__ unsigned divide(unsigned n) const { return unsigned(uint64(2 * n) * factor >> 32) >> shift; }
+};
+
 struct WarpgroupParams {
   const void* input;
   const void* weight;    // packed (warpgroup_pack_weight.cu)
@@ -33,10 +42,9 @@ struct WarpgroupParams {
   int staging;      // one of Staging
   int boxes;        // in a ring of each stager warp
   int box_bytes;
-  int span;                    // pixels of a row, in all its planes: pitch * in_step[1]
-  int out_vector;              // outputs of a row that one store may write, 1, 2, 4 or 8: neighbours, aligned, and
-                               // all or none of them exist; below 0: of channels, -out_vector, likewise
-  short phase[kMaxPhases][2];  // of each pass, its first phase: row and column
+  FixedDivisor by_parts, by_groups, by_column_tiles, by_stack;
+  int span;                          // pixels of a row, in all its planes: pitch * in_step[1]
+  short phase[kMaxPhases][2];        // of each pass, its first phase: row and column
   short first_step[kMaxPhases + 1];  // of phase i of pass q, at q * kPhases + i
   int offset[kMaxSteps + 4];  // of each step, the pixels by which its tap is displaced in the tile; and four more
 };
@@ -75,13 +83,15 @@ struct TilePlace {
   int group, image, row, column;  // `row` of image `image`, counted in base pixels; `column` likewise
   int row_tile, column_tile;
 
-  __device__ TilePlace(const WarpgroupParams& p, int tile, int groups) {
-    unsigned whole = unsigned(tile) / unsigned(p.parts), row_and_column = whole / unsigned(groups);
-    group = whole - row_and_column * groups;
-    row_tile = row_and_column / unsigned(p.column_tiles);
+  // all_groups: whether a tile is of all of them.
+  __device__ TilePlace(const WarpgroupParams& p, int tile, bool all_groups) {
+    unsigned whole = p.by_parts.divide(tile);
+    unsigned row_and_column = all_groups ? whole : p.by_groups.divide(whole);
+    group = all_groups ? 0 : whole - row_and_column * p.groups;
+    row_tile = p.by_column_tiles.divide(row_and_column);
     column_tile = row_and_column - row_tile * p.column_tiles;
     unsigned first_row = row_tile * p.tile_rows;
-    image = first_row / unsigned(p.stack);
+    image = p.by_stack.divide(first_row);
     row = first_row - image * p.stack;
     column = column_tile * p.tile_columns;
   }

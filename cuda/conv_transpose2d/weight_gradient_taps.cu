@@ -101,12 +101,6 @@ struct TapsWalk {
   }
 };
 
-// Which halves of a step's products: from kFirst up to kLast.
-template <int kFirst_, int kLast_>
-struct Halves {
-  static constexpr int kFirst = kFirst_, kLast = kLast_;
-};
-
 template <class Products, int kWarpgroups, int kSpread, class Share>
 struct WeightGradientTaps {
   using T = typename Products::Element;
@@ -247,7 +241,8 @@ struct WeightGradientTaps {
       if (is_last)
         Products::template multiply<kRows, 0, kHalves>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
       else if (!is_first)
-        Products::template multiply<kRows, kHalves / 2, kHalves>(sum, x(), shared.stage[stage], (plan & kMultiplies) != 0);
+        Products::template multiply<kRows, kHalves / 2, kHalves>(sum, x(), shared.stage[stage],
+                                                                 (plan & kMultiplies) != 0);
       Products::end_step();
       plan >>= kStepBits;
       stage = after(stage, kStages), slot = after(slot, kSlots);

@@ -137,7 +137,8 @@ def with_moments(input, weight, bias, chain, geometry, *, precision=None, out=No
     )
     strides = element_strides(out)
     if isinstance(plan, warpgroup.Plan):
-        warpgroup.launch(queue, plan, warpgroup.moments(plan, chain), ending, input, weight, strides)
+        kernel = warpgroup.moments(plan, chain, ending, strides)
+        warpgroup.launch(queue, plan, kernel, ending, input, weight, strides)
     elif isinstance(plan, GatherPlan):
         _gather(queue, plan, kernels_of.moments(plan.block, chain), ending, input, weight, strides, plan.image_span)
     else:
@@ -200,7 +201,8 @@ def _plan(
 def _store(queue, plan, chain, ending, gathered, weight, out_strides):
     """Computes a plan over `gathered`, the input or grad_output, and stores it through a chain."""
     if isinstance(plan, warpgroup.Plan):
-        warpgroup.launch(queue, plan, warpgroup.store(plan, chain), ending, gathered, weight, out_strides)
+        kernel = warpgroup.store(plan, chain, ending, out_strides)
+        warpgroup.launch(queue, plan, kernel, ending, gathered, weight, out_strides)
     elif isinstance(plan, GatherPlan):
         block = plan.block
         kernel = kernels_of.store(block, chain) if plan.transposed else kernels_of.input_gradient(block)

@@ -29,6 +29,7 @@ _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = (42 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
 
+FIXED_DIVISOR = runtime.params(("factor", "u4"), ("shift", "i4"))
 PARAMS = runtime.params(
     ("input", "u8"),
     ("weight", "u8"),
@@ -64,8 +65,11 @@ PARAMS = runtime.params(
     ("staging", "i4"),
     ("boxes", "i4"),
     ("box_bytes", "i4"),
+    ("by_parts", FIXED_DIVISOR),
+    ("by_groups", FIXED_DIVISOR),
+    ("by_column_tiles", FIXED_DIVISOR),
+    ("by_stack", FIXED_DIVISOR),
     ("span", "i4"),
-    ("out_vector", "i4"),
     ("phase", "i2", (_MAX_PHASES, 2)),
     ("first_step", "i2", (_MAX_PHASES + 1,)),
     ("offset", "i4", (_MAX_STEPS + 4,)),
@@ -494,6 +498,10 @@ class _Work:
             weight_stages=tile.weight_stages,
             boxes=tile.boxes,
             box_bytes=self.box_bytes,
+            by_parts=fixed_divisor(tile.parts),
+            by_groups=fixed_divisor(geometry.groups),
+            by_column_tiles=fixed_divisor(tile.column_tiles),
+            by_stack=fixed_divisor(tile.stack),
             span=tile.pitch * width.in_step,
             slabs=self.slabs,
             last_slices=self.last_slices,
@@ -546,6 +554,12 @@ def _box_pixels(staging, dtype, split):
     return _SEGMENT + (more if staging == FLAT or dtype.itemsize == 2 else 0)
 
 
+def fixed_divisor(divisor):
+    """What a FixedDivisor of warpgroup_tile.cuh needs to divide numbers from 0 to 2^31 - 1 by this one."""
+    shift = (divisor - 1).bit_length()
+    return (1 << (31 + shift)) // divisor + 1, shift
+
+
 def _round_up(value, multiple):
     return -(-value // multiple) * multiple
 
@@ -565,27 +579,35 @@ def _kernel(name, type, ending):
     return Kernel(name, file, type, _THREADS, params, shared_bytes=_SHARED_BYTES)
 
 
-def store(plan, chain):
-    return _store(plan.shape, plan.dtype, plan.split, plan.transposed, chain.cpp, chain.params)
+def store(plan, chain, ending, strides):
+    """The kernel that stores what a chain makes of the sums; `ending` has its parameters, `strides` the output's."""
+    vector = outputs_per_store(plan, ending, strides)
+    return _store(
+        plan.shape, plan.dtype, plan.split, plan.transposed, chain.cpp, chain.params, vector, ending["saved"] != 0
+    )
 
 
 @functools.cache
-def _store(shape, dtype, split, transposed, cpp, chain_params):
+def _store(shape, dtype, split, transposed, cpp, chain_params, vector, save):
     ending = runtime.params(("output", "u8"), ("saved", "u8"), ("bias", "u8"), ("chain", chain_params))
     name = "conv_transpose2d" if transposed else "conv_transpose2d_input_gradient"
-    return _kernel(name, f"WarpgroupForward<{shape.type(dtype, split, False)}, {cpp}>", ending)
+    type = f"WarpgroupForward<{shape.type(dtype, split, False)}, {cpp}, {vector}, {str(save).lower()}>"
+    return _kernel(name, type, ending)
 
 
-def moments(plan, chain):
-    return _moments(plan.shape, plan.dtype, plan.split, chain.cpp, chain.params)
+def moments(plan, chain, ending, strides):
+    """The kernel that stores sums and leaves the moments of what a chain makes of them."""
+    return _moments(
+        plan.shape, plan.dtype, plan.split, chain.cpp, chain.params, outputs_per_store(plan, ending, strides)
+    )
 
 
 @functools.cache
-def _moments(shape, dtype, split, cpp, chain_params):
+def _moments(shape, dtype, split, cpp, chain_params, vector):
     ending = runtime.params(
         ("output", "u8"), ("bias", "u8"), ("moments", "u8"), ("slots", "i8"), ("chain", chain_params)
     )
-    type = f"WarpgroupForwardWithMoments<{shape.type(dtype, split, False)}, {cpp}>"
+    type = f"WarpgroupForwardWithMoments<{shape.type(dtype, split, False)}, {cpp}, {vector}>"
     return _kernel("conv_transpose2d_with_moments", type, ending)
 
 
@@ -619,7 +641,6 @@ def launch(queue, plan, kernel, ending, gathered, weight, out_strides):
         out_strides=out_strides,
         tiles=plan.tiles,
         staging=plan.staging,
-        out_vector=outputs_per_store(plan, ending, out_strides),
     )
     kernel.launch(
         queue,
@@ -675,20 +696,26 @@ def _strides(size, strides, itemsize):
     ][1:]
 
 
+def stores(dtype):
+    """What `outputs_per_store` can say: single outputs of a row, pairs, or 16 bytes of them; or times -1, of channels."""
+    whole = 16 // dtype.itemsize
+    return (1, 2, whole, *(-(1 << i) for i in range(whole.bit_length())))
+
+
 def outputs_per_store(plan, ending, strides):
-    """How warpgroup_endings.cuh stores: the outputs of a row that one store of at most 16 bytes may write, neighbours
-    in memory, aligned in every row, image and tile, and all or none of them existing. Where the neighbours are
-    channels, how many of these it may write, times -1."""
+    """How warpgroup_endings.cuh stores: the outputs of a row that one store writes, neighbours in memory, aligned in
+    every row, image and tile, and all or none of them existing. Where the neighbours are channels, how many of these it
+    writes, times -1."""
     fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
-    if plan.channel_min:
-        return 1
-    aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
+    whole = 16 // itemsize
+    aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | whole
     vector = 1
     if strides[3] == 1 and fields["out_step"][1] == phases:
         bits = aligned | strides[0] | strides[1] | strides[2] | fields["out_size"][1]
         if fields["column_tiles"] > 1:
             bits |= fields["tile_columns"] * phases
         vector = bits & -bits
+        vector = vector if vector == whole else min(vector, 2)
     if vector == 1 and strides[1] == 1:
         bits = aligned | strides[0] | strides[2] | strides[3] | fields["rows"]
         vector = -(bits & -bits)
@@ -740,13 +767,14 @@ def kernels():
     """Every instantiation, for the tests that compile them all; chains stand for the endless number there can be."""
     from .. import epilogue
 
-    chains = [IDENTITY, chain_of((epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)))]
+    chain = chain_of((epilogue.Add(0.5), epilogue.Minimum(0.0), epilogue.GELU(), epilogue.Mul(2.0)))
     gelu = chain_of((epilogue.GELU(),))
     whole = [(dtype, False, SHAPES) for dtype in DTYPES]
     for dtype, split, shapes in (*whole, (np.dtype("float32"), True, SPLIT_SHAPES)):
+        for shape, vector in itertools.product(shapes, stores(dtype)):
+            for save, functions in (False, IDENTITY), (False, chain), (True, chain):
+                yield _store(shape, dtype, split, True, functions.cpp, functions.params, vector, save)
+            yield _moments(shape, dtype, split, gelu.cpp, gelu.params, vector)
         for shape in shapes:
-            for chain in chains:
-                yield _store(shape, dtype, split, True, chain.cpp, chain.params)
-            yield _moments(shape, dtype, split, gelu.cpp, gelu.params)
             yield _channel_min(shape, dtype, split)
         yield pack(dtype, split)
