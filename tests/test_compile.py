@@ -97,6 +97,14 @@ def test_every_source_file_is_compiled():
     assert files == {kernel.file for kernel in KERNELS.values()}
 
 
+def test_no_generic_lambdas():
+    """NVRTC before 13.4 takes them for functions of the host, and the newest one, which tests compile with, does not."""
+    generic = re.compile(r"\[[^\[\]]*\]\s*\([^()]*\bauto\b")
+    assert generic.search("run([&](auto width) { return width; });")
+    for path in sorted([*source.root().rglob("*.cu"), *source.root().rglob("*.cuh")]):
+        assert not generic.search(path.read_text()), f"{path.name} has a generic lambda"
+
+
 def test_a_spill_would_be_noticed(tmp_path):
     """The assembler's report is read rightly: a kernel that cannot keep its values in registers."""
     (tmp_path / "spill.cu").write_text(

@@ -31,7 +31,7 @@
 namespace rawkern {
 
 constexpr int kWarpRows = 16;
-constexpr int kTogether = 8;  // values that a lane reads back from shared memory at a time
+constexpr int kReadTogether = 8;  // values that a lane reads back from shared memory at a time
 
 // The channels of a warp: `first` over all groups, and how many of its rows exist. And which of them a lane has; what
 // follows from the lane is computed per job, or it would take registers while products are summed.
@@ -307,7 +307,7 @@ struct ChunkStore {
   __device__ void store_rows(T* to, bool exists) const {
     using Piece = StorePiece<T, kEach>;
     constexpr int kApart = sizeof(memory.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
-    constexpr int kAtOnce = kCount < kTogether ? kCount : kTogether;
+    constexpr int kAtOnce = kCount < kReadTogether ? kCount : kReadTogether;
     const Piece* from = reinterpret_cast<const Piece*>(&memory.at[row()][column()]);
     const int64 step = kEach * p.out_strides[1];
     if (exists & (rows.count == kWarpRows)) {  // one branch, not two
@@ -476,7 +476,8 @@ struct ChannelStore {
   // The pieces of the warp in parts of kChannels, neighbouring parts by neighbouring lanes, so that what one
   // instruction stores of an output lies together. A part's place comes from the lane that has the piece.
   __device__ void store_divided(T* tensor, int64 own_place, int own_left) const {
-    constexpr int kParts = kPiece / kChannels, kMost = kTogether / kCount, kAtOnce = kParts < kMost ? kParts : kMost;
+    constexpr int kParts = kPiece / kChannels, kMost = kReadTogether / kCount,
+                  kAtOnce = kParts < kMost ? kParts : kMost;
     unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kChannels;
 #pragma unroll
     for (int first = 0; first < kParts; first += kAtOnce) {
@@ -554,13 +555,14 @@ struct FragmentChain {
 //
 // No instruction can index registers. Branches to the code that takes chunk i cost a warp that is alone on its
 // scheduler some 130 cycles a chunk; code for each chunk does not fit into the nearest instruction cache, and takes
-// twice as long. So the first kChunks chunks are taken, over and over, and the other sums moved to their place. It
-// uses up the sums.
-template <class T, class Gather, int kChunks>
+// twice as long. So the first kTogether chunks are taken, over and over, and the other sums of the first half moved to
+// their place; and then those of the second half to the place of the first. It uses up the sums.
+template <class T, class Gather, int kTogether>
 struct Chunks {
   using Values = Fragment<Gather>;
   using Sums = float[Gather::kPhases][Gather::kPixels / 2];
-  static constexpr int kMoved = kChunks * Values::kGroups * 4;
+  static constexpr int kSums = Values::kGroups * 4;  // of a chunk, in each phase
+  static constexpr int kHalf = Values::kCount / 2 < kTogether ? Values::kCount : Values::kCount / 2;
 
   Sums& sum;
   FragmentBias<T> bias;
@@ -570,23 +572,32 @@ struct Chunks {
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
 #pragma unroll 1
-    for (int i = 0; i < Values::kCount; i += kChunks) {
+    for (int i = 0; i < Values::kCount; i += kTogether) {
 #pragma unroll
-      for (int k = 0; k < kChunks; ++k) {
+      for (int k = 0; k < kTogether; ++k) {
         Values values;
         take(k, values);
         visit(i + k, values);
       }
-#pragma unroll
-      for (int phase = 0; phase < Gather::kPhases; ++phase)
-#pragma unroll
-        for (int j = kMoved; j < Gather::kPixels / 2; ++j) sum[phase][j - kMoved] = sum[phase][j];
+      if (i % kHalf < kHalf - kTogether)
+        move<kTogether, kHalf>();
+      else
+        move<kHalf, Values::kCount>();
     }
+  }
+
+  // The sums of chunks kFrom to kTo to the place of the first ones.
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ void move() const {
+#pragma unroll
+    for (int phase = 0; phase < Gather::kPhases; ++phase)
+#pragma unroll
+      for (int j = kFrom * kSums; j < kTo * kSums; ++j) sum[phase][j - kFrom * kSums] = sum[phase][j];
   }
 
   // Chunk i, when it is its turn. visit() may take it once more, if its values would need too many registers while
   // others pass through them.
-  __device__ __forceinline__ void take(int i, Values& values) const { values.take(sum, i % kChunks, bias.value); }
+  __device__ __forceinline__ void take(int i, Values& values) const { values.take(sum, i % kTogether, bias.value); }
 };
 
 // output = chain(sum + bias), and if kSave, saved = sum + bias, which the backward pass will need. Same strides for
@@ -704,10 +715,11 @@ struct WarpgroupStoreWithMoments {
       }
     }
 
-    // Of a row, in all its lanes; `count` values exist.
+    // Of a lane's row r, in all lanes of that row; `count` values exist. One row, since division of doubles is slow.
     __device__ Moments moments(int r, int count) const {
-      double sum = row_sum(total[r]), mean = sum / count, m2 = row_sum(squares[r]) - sum * mean;
-      return count ? Moments{double(count), origin[r] + mean, m2 < 0 ? 0 : m2} : Moments{0, 0, 0};
+      float sums[2] = {row_sum(total[0]), row_sum(total[1])}, all[2] = {row_sum(squares[0]), row_sum(squares[1])};
+      double sum = r ? sums[1] : sums[0], mean = sum / count, m2 = (r ? all[1] : all[0]) - sum * mean;
+      return count ? Moments{double(count), (r ? origin[1] : origin[0]) + mean, m2 < 0 ? 0 : m2} : Moments{0, 0, 0};
     }
   };
 
@@ -737,7 +749,7 @@ struct WarpgroupStoreWithMoments {
       if (Tensor::kThroughMemory) chunks.take(i, values);
       Rounded(values).get(values);
       chain.apply(values);
-      if (i == 0) deviations.set_origin(values);
+      if (opaque(i) == 0) deviations.set_origin(values);  // or the first round would be written out apart
       deviations.add(values, i);
     });
     // Worked out anew, not kept in registers meanwhile.
@@ -748,12 +760,11 @@ struct WarpgroupStoreWithMoments {
   __device__ void write(const Deviations<Gather>& deviations, const TilePlace& tile, const Job& job,
                         const WarpRows& rows) const {
     int count = TileOutputs(gather, tile, job, 0).count(Gather::kPhases), r = rows.lane % 2;
-    Moments moments[2] = {deviations.moments(0, count), deviations.moments(1, count)};
+    Moments own = deviations.moments(r, count);
     int tiles_per_image = gather.stack / gather.tile_rows;
     int64 slot = tile.row_tile % tiles_per_image * gather.column_tiles + tile.column_tile;
     int64 row = int64(tile.image) * gather.groups * gather.rows + rows.channel(r);
-    if (rows.lane % 4 < 2 && rows.has(r))
-      params.moments[row * params.slots + slot * gather.passes + job.pass] = r ? moments[1] : moments[0];
+    if (rows.lane % 4 < 2 && rows.has(r)) params.moments[row * params.slots + slot * gather.passes + job.pass] = own;
   }
 };
 

@@ -697,7 +697,7 @@ def _strides(size, strides, itemsize):
 
 
 def stores(dtype):
-    """What `outputs_per_store` can say: single outputs of a row, pairs, or 16 bytes of them; or times -1, of channels."""
+    """What `outputs_per_store` can say: single outputs of a row, pairs, 16 bytes of them; or times -1, of channels."""
     whole = 16 // dtype.itemsize
     return (1, 2, whole, *(-(1 << i) for i in range(whole.bit_length())))
 
@@ -772,8 +772,8 @@ def kernels():
     whole = [(dtype, False, SHAPES) for dtype in DTYPES]
     for dtype, split, shapes in (*whole, (np.dtype("float32"), True, SPLIT_SHAPES)):
         for shape, vector in itertools.product(shapes, stores(dtype)):
-            for save, functions in (False, IDENTITY), (False, chain), (True, chain):
-                yield _store(shape, dtype, split, True, functions.cpp, functions.params, vector, save)
+            yield _store(shape, dtype, split, True, IDENTITY.cpp, IDENTITY.params, vector, False)
+            yield _store(shape, dtype, split, True, chain.cpp, chain.params, vector, True)
             yield _moments(shape, dtype, split, gelu.cpp, gelu.params, vector)
         for shape in shapes:
             yield _channel_min(shape, dtype, split)

@@ -62,7 +62,7 @@ template <> struct IsFloat<double> : Answer<true> {};
 template <class T, decltype(sizeof 0) n> struct IsFloat<T[n]> : IsFloat<T> {};"""
 
 
-def layout_assertions(struct, dtype, function="fields_of"):
+def layout_assertions(struct, dtype, name="fields_of"):
     """C++ that does not compile unless `struct` has the fields of `dtype`, no others, in the same places.
 
     Compared are the number of fields and each one's name, offset, size and kind (integer or float); nested structs too.
@@ -70,20 +70,20 @@ def layout_assertions(struct, dtype, function="fields_of"):
     names = ", ".join(f"field{index}" for index in range(len(dtype.names)))
     lines = [
         f'static_assert(sizeof({struct}) == {dtype.itemsize}, "size of {struct} differs from the launcher\'s");',
-        f"__device__ inline void {function}(const {struct}& params) {{ const auto& [{names}] = params; (void)field0; }}",
+        f"__device__ inline void {name}(const {struct}& params) {{ const auto& [{names}] = params; (void)field0; }}",
     ]
-    for name in dtype.names:
-        field, offset = dtype.fields[name][:2]
-        place, text = f"{struct}::{name}", f"{struct}::{name} differs from the launcher's"
+    for field_name in dtype.names:
+        field, offset = dtype.fields[field_name][:2]
+        place, text = f"{struct}::{field_name}", f"{struct}::{field_name} differs from the launcher's"
         lines += [
             # NVRTC before 13.4 does not know offsetof; the emulator checks the same struct.
             "#if !RAWKERN_GPU",
-            f'static_assert(__builtin_offsetof({struct}, {name}) == {offset}, "place of {text}");',
+            f'static_assert(__builtin_offsetof({struct}, {field_name}) == {offset}, "place of {text}");',
             "#endif",
             f'static_assert(sizeof({place}) == {field.itemsize}, "size of {text}");',
         ]
         if field.names:
-            lines += layout_assertions(f"decltype({place})", field, f"{function}_{name}")
+            lines += layout_assertions(f"decltype({place})", field, f"{name}_{field_name}")
         else:
             is_float = str(field.base.kind == "f").lower()
             lines.append(f'static_assert(IsFloat<decltype({place})>::value == {is_float}, "type of {text}");')
