@@ -98,7 +98,7 @@ def test_every_source_file_is_compiled():
 
 
 def test_no_generic_lambdas():
-    """NVRTC before 13.4 takes them for functions of the host, and the newest one, which tests compile with, does not."""
+    """NVRTC before 13.4 takes them for functions of the host; a newer one, with which tests compile, does not."""
     generic = re.compile(r"\[[^\[\]]*\]\s*\([^()]*\bauto\b")
     assert generic.search("run([&](auto width) { return width; });")
     for path in sorted([*source.root().rglob("*.cu"), *source.root().rglob("*.cuh")]):
