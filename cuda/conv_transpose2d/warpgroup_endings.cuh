@@ -476,8 +476,9 @@ struct ChannelStore {
   // The pieces of the warp in parts of kChannels, neighbouring parts by neighbouring lanes, so that what one
   // instruction stores of an output lies together. A part's place comes from the lane that has the piece.
   __device__ void store_divided(T* tensor, int64 own_place, int own_left) const {
-    constexpr int kParts = kPiece / kChannels, kMost = kReadTogether / kCount,
-                  kAtOnce = kParts < kMost ? kParts : kMost;
+    // Single channels fewer at a time, or a place for each would take more registers than there are.
+    constexpr int kMost = kReadTogether / kCount / (kChannels == 1 ? 2 : 1);
+    constexpr int kParts = kPiece / kChannels, kAtOnce = kParts < kMost ? kParts : kMost;
     unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kChannels;
 #pragma unroll
     for (int first = 0; first < kParts; first += kAtOnce) {
