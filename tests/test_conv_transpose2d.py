@@ -226,6 +226,19 @@ def test_what_the_copy_engine_can_reach(dtype):
     assert staging(np.zeros((2, 16, 24, 6), dtype).transpose(0, 1, 3, 2)) == warpgroup.PIXELS
 
 
+@given(divisor=st.integers(1, 2**31 - 1), quotient=st.integers(0, 2**31 - 1))
+@example(divisor=1, quotient=2**31 - 1)
+@example(divisor=2**30 + 1, quotient=1)
+@example(divisor=2**31 - 1, quotient=1)
+def test_fixed_divisor(divisor, quotient):
+    """As FixedDivisor::divide() computes it, at the multiples of the divisor and just below them."""
+    factor, shift = warpgroup.fixed_divisor(divisor)
+    assert factor < 2**32 and shift < 32
+    multiple = quotient % ((2**31 - 1) // divisor + 1) * divisor
+    for n in {multiple, max(0, multiple - 1), 2**31 - 1}:
+        assert (2 * n * factor >> 32) >> shift == n // divisor
+
+
 @pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("stride", [1, 2, 4])
