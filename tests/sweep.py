@@ -167,10 +167,27 @@ WARPGROUP_CONVOLUTIONS = (
 )
 
 
-def sweep_conv_transpose2d_warpgroup():
-    """By products of warpgroups: 16-bit types, and float32 in TF32 and split in two."""
+def _sweep_warpgroups(dtype, *precisions):
     with direct_kernels(lambda geometry: False), architecture("sm_90a"):
-        _sweep_convolutions(WARPGROUP_CONVOLUTIONS, warpgroup.DTYPES)
+        _sweep_convolutions(WARPGROUP_CONVOLUTIONS, [np.dtype(dtype)], precisions)
+
+
+def sweep_conv_transpose2d_warpgroup_tf32():
+    """By products of warpgroups: float32 in TF32."""
+    _sweep_warpgroups("float32", "tf32")
+
+
+def sweep_conv_transpose2d_warpgroup_split():
+    """float32 split in two."""
+    _sweep_warpgroups("float32", "ieee")
+
+
+def sweep_conv_transpose2d_warpgroup_float16():
+    _sweep_warpgroups("float16")
+
+
+def sweep_conv_transpose2d_warpgroup_bfloat16():
+    _sweep_warpgroups(runtime.bfloat16)
 
 
 def sweep_conv_transpose2d_direct():
