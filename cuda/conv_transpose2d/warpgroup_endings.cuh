@@ -273,7 +273,7 @@ struct RunStore {
 template <class T, class Gather, int kVector>
 struct ChunkStore {
   static constexpr bool kThroughMemory = true;
-  static constexpr int kPhases = Gather::kPhases, kPixels = kWarp / kPhases;  // of a chunk
+  static constexpr int kPhases = Gather::kPhases;
   static constexpr int kEach = kVector > 0 ? kVector : 1;
 
   const WarpgroupParams& p;
@@ -410,10 +410,8 @@ template <class T, class Gather, int kChannels>
 struct ChannelStore {
   using InMemory = ChannelChunk<T, Gather>;
   static constexpr bool kThroughMemory = true;
-  static constexpr int kPhases = Gather::kPhases, kPixels = kWarp / kPhases;  // of a chunk
   static constexpr int kCount = InMemory::kCount, kPiece = 16 / sizeof(T);
 
-  const WarpgroupParams& p;
   const WarpRows& rows;
   InMemory memory;
   GroupPlaces groups;
@@ -423,7 +421,7 @@ struct ChannelStore {
   int64 step;          // from one of these to the next
 
   __device__ ChannelStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& memory, const TileOutputs& outputs)
-      : p(p), rows(rows), memory{memory.at[0]}, groups(outputs, rows.lane) {
+      : rows(rows), memory{memory.at[0]}, groups(outputs, rows.lane) {
     int phase = InMemory::phase_of(rows.lane), channel = InMemory::channel_of(rows.lane);
     int pixel = InMemory::pixel_of(rows.lane);
     group = pixel / 8;
@@ -445,15 +443,14 @@ struct ChannelStore {
     __syncwarp();
   }
 
-  // kVector channels of each of a lane's outputs.
-  template <int kVector>
+  // kChannels of each of a lane's outputs.
   struct Parts {
-    StorePiece<T, kVector> part[kCount];
+    StorePiece<T, kChannels> part[kCount];
 
     __device__ void load(const T* from) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        part[i] = *reinterpret_cast<const StorePiece<T, kVector>*>(from + i * InMemory::kApart);
+        part[i] = *reinterpret_cast<const StorePiece<T, kChannels>*>(from + i * InMemory::kApart);
     }
 
     // `left` pixels exist, from the first output's on; outputs are `step` apart.
@@ -468,7 +465,7 @@ struct ChannelStore {
   };
 
   __device__ void store_whole(T* to, int left) const {
-    Parts<kPiece> pieces;
+    Parts pieces;
     pieces.load(memory.piece(rows.lane));
     pieces.store(to, step, left);
   }
@@ -482,7 +479,7 @@ struct ChannelStore {
     unsigned own = unsigned(opaque(rows.lane)) % kWarp, channel = own % kParts * kChannels;
 #pragma unroll
     for (int first = 0; first < kParts; first += kAtOnce) {
-      Parts<kChannels> parts[kAtOnce];
+      Parts parts[kAtOnce];
       int64 place[kAtOnce];
       int left[kAtOnce];
 #pragma unroll
@@ -647,9 +644,8 @@ struct WarpgroupStore {
 
 // output = sum + bias, and for every channel and tile the moments of chain(output), as rounded to the element type:
 // moments[(image * channels + channel) * slots + slot]. Tiles do not straddle images (`stack` is a multiple of
-// `tile_rows`).
-// Four lanes share a channel; they sum deviations and their squares in one pass, around a mean of a few of its values,
-// so that a large mean costs no digits.
+// `tile_rows`). Four lanes share a channel; they sum deviations and their squares in one pass, around a mean of a few
+// of its values, so that a large mean costs no digits.
 template <class T, class Chain, int kVector>
 struct WarpgroupStoreWithMoments {
   static constexpr bool kAllRows = false;
