@@ -226,6 +226,27 @@ def test_what_the_copy_engine_can_reach(dtype):
     assert staging(np.zeros((2, 16, 24, 6), dtype).transpose(0, 1, 3, 2)) == warpgroup.PIXELS
 
 
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tiles_begin_anywhere_in_aligned_rows(dtype, align, kernel, monkeypatch):
+    """The copy engine copies from multiples of 16 bytes: a box begins before its tile does, by any number of pixels."""
+    monkeypatch.setattr(warpgroup, "SHAPES", [warpgroup.Shape(1, 64)])
+    monkeypatch.setattr(warpgroup, "_aligns", lambda *_: (align,))
+    monkeypatch.setattr(warpgroup, "plan", functools.cache(warpgroup.plan.__wrapped__))
+    generator = np.random.default_rng(0)
+    starts = set()
+    for width in 40, 80, 88, 104, 152:
+        x, w = (generator.integers(-2, 3, shape).astype(dtype) for shape in ((2, 11, 5, width), (11, 9, 3, 3)))
+        geometry = Geometry.of(x.shape, w.shape)
+        plan = warpgroup.plan(geometry, x.dtype, "tf32", "sm_90a", 2, transposed=True, staging=warpgroup.ROWS)
+        columns, tiles = plan.fields["tile_columns"], plan.fields["column_tiles"]
+        starts |= {(i * columns + plan.fields["in_origin"][1]) % 8 for i in range(tiles)}
+        expected = F.conv_transpose2d(*(torch.from_numpy(array).double() for array in (x, w))).numpy()
+        assert np.array_equal(launchers.conv_transpose2d(x, w, None, precision="tf32"), expected)
+    assert starts == {0} if align == 8 else any(start % 4 for start in starts) and len(starts) > 2
+
+
 @given(divisor=st.integers(1, 2**31 - 1), quotient=st.integers(0, 2**31 - 1))
 @example(divisor=1, quotient=2**31 - 1)
 @example(divisor=2**30 + 1, quotient=1)

@@ -62,28 +62,30 @@ struct BoxWalk {
   __device__ void next_slab() { y -= rows; }
 };
 
-// A box: kSegment pixels of a row, and of each all channels of a slab, [channel][pixel]. It has more pixels, so that a
-// matrix's channels lie in different banks, and where rows begin anywhere (kFlat): such a box begins up to kAlign - 1
-// pixels before the first one. It is copied in kAlign parts, each of every kAlign-th channel, since what begins at a
-// multiple of 16 bytes in one channel need not do so in the next, but does so in the kAlign-th.
+// A box: kSegment pixels of a row, and of each all channels of a slab, [channel][pixel]. The engine copies from
+// multiples of 16 bytes only, while a tile begins anywhere; so the box begins up to kAlign - 1 pixels before the first
+// one that is wanted, and has kAlign more. (They also keep the channels of a 16-bit matrix in different banks.) Where
+// rows, too, begin anywhere (kFlat), it is copied in kAlign parts, each of every kAlign-th channel: what begins at such
+// a multiple in one channel need not do so in the next, but does so in the kAlign-th.
 //
 // Of channels-last memory (kChannels) a box is [pixel][channel]; only what is to be split comes this way.
 template <class T, bool kSplit, Staging kStaging>
 struct Box {
   static constexpr bool kFlat = kStaging == kStageFlat, kChannels = kStaging == kStageChannels;
   static constexpr int kSegment = 32, kSlab = OperandRow<T, kSplit>::kChannels, kAlign = 16 / sizeof(T);
-  static constexpr int kMore = kSplit ? 2 * kAlign : kAlign;  // twice, lest the parts of few channels be unaligned
-  static constexpr int kPixels = kSegment + (kFlat || sizeof(T) == 2 ? kMore : 0);
+  static constexpr int kMore = kFlat && kSplit ? 2 * kAlign : kAlign;  // twice, lest parts of few channels be unaligned
+  static constexpr int kPixels = kSegment + (kChannels ? 0 : kMore);
   static constexpr int kPart = kSlab / kAlign * kPixels * sizeof(T);  // bytes
-  static_assert(kPart % 128 == 0, "the copy engine's destinations are aligned");
+  static_assert(!kFlat || kPart % 128 == 0, "the copy engine's destinations are aligned");
   // Channel `channel`, counted in values.
   __device__ static constexpr int place(int channel) {
     return (kFlat ? channel % kAlign * (kSlab / kAlign) + channel / kAlign : channel) * kPixels;
   }
 };
 
-// What a stager warp must know of a box that it turns around, where the copy engine does not know rows: the column in
-// the image at which it begins, -kNowhere if its row lies outside, and the tensor's element at which it begins.
+// What a stager warp must know of a box that it turns around: the element at which its wanted pixels begin, of the row,
+// or where the copy engine does not know rows, of the tensor; and then the column in the image, too, -kNowhere if the
+// row lies outside.
 struct BoxPlace {
   static constexpr int kNowhere = 1 << 30;
   int column, element;
@@ -122,7 +124,8 @@ struct BoxSource {
       at[3] = at[4] = 0;
     } else {
       constexpr int kFirst = OwnBox::kChannels ? 2 : 0, kSecond = 2 - kFirst;  // pixels and channels
-      at[kFirst] = x;
+      place.element = x;
+      at[kFirst] = OwnBox::kChannels ? x : x & -OwnBox::kAlign;
       at[kFirst + 1] = h;
       at[kSecond] = slabs.channel();
       at[kSecond + 1] = slabs.group();
@@ -137,9 +140,9 @@ struct BoxSource {
     if (elect_lane()) {
       mbarrier_arrive_expect(full, bytes);
       copy(box, full);
-      if constexpr (kFlat) box_place = place;
+      if constexpr (!OwnBox::kChannels) box_place = place;
     }
-    if constexpr (kFlat) __syncwarp();
+    if constexpr (!OwnBox::kChannels) __syncwarp();
     walk.advance();
     enter();
   }
@@ -197,7 +200,7 @@ struct BoxTurner {
     else if constexpr (kFlat || sizeof(T) == 4)
       turn_pixels(box, box_place, width, stage, units, place);
     else
-      turn_matrices(box, width, stage, units, place);
+      turn_matrices(box, box_place, width, stage, units, place);
   }
 
   // A lane takes a pixel.
@@ -209,8 +212,8 @@ struct BoxTurner {
     const T* channel[OwnBox::kAlign];  // of a unit
 #pragma unroll
     for (int i = 0; i < OwnBox::kAlign; ++i) {
-      int skipped = kFlat ? (box_place.element + i * int(p.in_strides[1])) & (OwnBox::kAlign - 1) : 0;
-      channel[i] = box + OwnBox::place(i) + lane + skipped;
+      int begin = box_place.element + (kFlat ? i * int(p.in_strides[1]) : 0);
+      channel[i] = box + OwnBox::place(i) + lane + (begin & (OwnBox::kAlign - 1));
     }
     bool inside = !kFlat || unsigned(box_place.column + lane) < unsigned(p.in_size[1]);
     constexpr int kTogether = sizeof(T) == 4 ? kUnits : 2;
@@ -238,25 +241,31 @@ struct BoxTurner {
   }
 
   // Matrix j is unit j of four, and eight pixels: a lane gets two channels of a pixel, a word of each unit. Two times
-  // eight pixels are read before they are written; of units that are not multiplied, whatever is there.
+  // eight pixels are read before they are written; of units that are not multiplied, whatever is there. Of the box's
+  // first and last eight pixels some may not be wanted.
   template <class Place>
-  __device__ void turn_matrices(const T* box, int width, unsigned char* stage, int units, Place place) const {
+  __device__ void turn_matrices(const T* box, const BoxPlace& box_place, int width, unsigned char* stage, int units,
+                                Place place) const {
     constexpr int kTogether = 2;
     const T* row = box + OwnBox::place(lane);  // of the 32 channels of four units, one
+    int skipped = box_place.element & (OwnBox::kAlign - 1),
+        wanted = width < OwnBox::kSegment ? width : OwnBox::kSegment;
+    int end = skipped + wanted;
 #pragma unroll
-    for (int first = 0; first < OwnBox::kSegment; first += 8 * kTogether) {
-      if (first >= width) break;
+    for (int first = 0; first < OwnBox::kPixels; first += 8 * kTogether) {
+      if (first >= end) break;
       unsigned words[kTogether][kUnits / 4][4];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
 #pragma unroll
         for (int half = 0; half < kUnits / 4; ++half)
-          if (4 * half < units)
+          if (4 * half < units && (first + 8 * i < OwnBox::kPixels))
             load_matrices_transposed(words[i][half], row + OwnBox::place(half * 32) + first + 8 * i);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        if (first + 8 * i >= width) break;
-        int to = place(first + 8 * i + lane / 4), swizzle = to % 8 * 16;
+        int pixel = first + 8 * i + lane / 4 - skipped;
+        if (first + 8 * i >= OwnBox::kPixels || unsigned(pixel) >= unsigned(wanted)) continue;
+        int to = place(pixel), swizzle = to % 8 * 16;
         unsigned char* word = stage + to * kSwizzledRow + lane % 4 * 4;
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit)

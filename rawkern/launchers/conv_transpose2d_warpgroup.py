@@ -218,18 +218,31 @@ def plan(
     if not transposed:
         sizes = [size[::-1] for size in sizes]
     height, width = zip(sizes, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
-    align = 16 // dtype.itemsize if staging == ROWS else 1  # of the pixels at which boxes begin
-    axes = Axis.of(*height[0], *height[1:], transposed, 1), Axis.of(*width[0], *width[1:], transposed, align)
-    work = _Work(geometry, dtype, split, depth, rows, axes, align, staging, multiprocessors, channel_min, per_image)
-    if work.steps > _MAX_STEPS or work.phases > _MAX_PHASES:
+    works = []
+    for align in _aligns(dtype, staging):
+        axes = Axis.of(*height[0], *height[1:], transposed, 1), Axis.of(*width[0], *width[1:], transposed, align)
+        works.append(
+            _Work(geometry, dtype, split, depth, rows, axes, align, staging, multiprocessors, channel_min, per_image)
+        )
+    if works[0].steps > _MAX_STEPS or works[0].phases > _MAX_PHASES:
         return None
-    tiles = [tile for shape in (SPLIT_SHAPES if split else SHAPES) for tile in work.tiles_of(shape)]
+    shapes = SPLIT_SHAPES if split else SHAPES
+    tiles = [(tile, work) for work in works for shape in shapes for tile in work.tiles_of(shape)]
     if not tiles and staging != PIXELS:
         return plan(
             geometry, dtype, precision, arch, multiprocessors,
             transposed=transposed, channel_min=channel_min, per_image=per_image,
         )  # fmt: skip
-    return work.plan(min(tiles, key=lambda tile: tile.cost), transposed) if tiles else None
+    if not tiles:
+        return None
+    tile, work = min(tiles, key=lambda candidate: candidate[0].cost)
+    return work.plan(tile, transposed)
+
+
+def _aligns(dtype, staging):
+    """What the columns of the input at which tiles begin may be multiples of. Boxes in 16 bits are turned around eight
+    pixels at a time: five times where the tile begins between eight, four times where it does not."""
+    return (1, 8) if staging == ROWS and dtype.itemsize == 2 else (1,)
 
 
 def is_faster(plan, other, device):
@@ -311,9 +324,10 @@ class _Work:
         height, width = self.axes
         if len(width.taps) % shape.phases:
             return
-        aligned = self.align // math.gcd(self.align, width.in_step)
         widest = _round_up(min(shape.pixels, width.base) + width.halo, 32)
-        for pitch, multiple in itertools.product(range(8, widest + 1, 8), {aligned, math.lcm(2, aligned)}):
+        aligned = self.align // math.gcd(self.align, width.in_step)
+        multiples = {aligned * wide for wide in (1, 2, 16 // self.dtype.itemsize)}  # so that stores may be wider
+        for pitch, multiple in itertools.product(range(8, widest + 1, 8), multiples):
             columns = min(pitch - width.halo, shape.pixels, width.base)
             if columns < width.base:
                 columns = columns // multiple * multiple
@@ -351,7 +365,7 @@ class _Work:
             return
         tile = shape, rows, columns, pitch, column_tiles, row_tiles, stack, stage_pixels
         for parts in self._parts(shape, tiles):
-            cost = self._cost(shape, parts, tiles, columns, pitch, staged_rows * planes, *rings[:2])
+            cost = self._cost(shape, parts, tiles, columns, column_tiles, pitch, staged_rows * planes, *rings[:2])
             yield _Tile(*tile, parts, *rings, cost)
 
     def _parts(self, shape, tiles):
@@ -411,13 +425,12 @@ class _Work:
     def groups_per_tile(self):
         return self.geometry.groups if self.channel_min else 1
 
-    def _cost(self, shape, parts, tiles, columns, pitch, rows, stages, weight_stages):
-        """Cycles of a multiprocessor, within a fifth: fitted to the times of 730 plans for 17 geometries on an H200,
-        and of 249 with split operands.
+    def _cost(self, shape, parts, tiles, columns, column_tiles, pitch, rows, stages, weight_stages):
+        """Cycles of a multiprocessor, within a fifth: fitted to the times of 1875 plans for 23 geometries on an H200.
 
-        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 250 pass between those of
-        two taps and of the next two, 300 where sums are added to totals in between; a copy of weights is 1860 cycles
-        under way; an epilogue takes some 38 for each column (51 in float, 15 where only the minimum is kept), more
+        The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 210 pass between those of
+        two taps and of the next two, 300 where sums are added to totals in between; a copy of weights is 1600 cycles
+        under way; an epilogue takes some 35 for each column (44 in float, 15 where only the minimum is kept), more
         where phases that are neighbours in memory are computed apart, and two consumers share it. Memory is read and
         written in sectors of 32 bytes, which short rows waste. All these are in each other's way, the more so the
         closer they are.
@@ -429,14 +442,15 @@ class _Work:
         row_bytes = columns * self.dtype.itemsize
         gaps = self.pairs_of_taps * units * self.slabs
         multiply = steps * slices * shape.pixels / 2 * (3 if self.split else 1)
-        multiply += gaps * (300 if self.split else 250) + 1220 * jobs
+        multiply += gaps * (300 if self.split else 210) + 900 * jobs
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 540)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
-        weights = steps * self.slabs * 1860 / (weight_stages - 1)
+        weights = steps * self.slabs * 1600 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
-        epilogue = 38 if self.dtype.itemsize == 2 else 51
+        epilogue = 35 if self.dtype.itemsize == 2 else 44
         epilogue = 15 if self.channel_min else epilogue * (1 + 28 / (row_bytes * shape.phases))
+        epilogue += self._store_cycles(shape, columns, column_tiles)
         epilogue = jobs * shape.phases * shape.pixels * (epilogue + 30 * apart)
         consumer = multiply + epilogue
         tile = sum(part**3.6 for part in (multiply, staging, weights, consumer / 2)) ** (1 / 3.6)
@@ -445,13 +459,22 @@ class _Work:
         turns = -(-tiles // self.groups_per_tile * parts // self.processors)
         return turns * tile + turns % 2 * consumer / 4  # the last tile has the multiprocessor to itself
 
+    def _store_cycles(self, shape, columns, column_tiles):
+        """For each column, what its outputs take longer to store than by 16 bytes at a time, if rows are contiguous."""
+        width = self.axes[1]
+        if self.channel_min or self.staging == CHANNELS or width.step != shape.phases:
+            return 0
+        whole = 16 // self.dtype.itemsize
+        bits = whole | width.out_size | (columns * shape.phases if column_tiles > 1 else 0)
+        return {whole: 0, 1: 8}.get(bits & -bits, 2)
+
     def _staging_cycles(self, pitch, rows):
         """Of a stager warp, for its share of a slab: of boxes or batches of 32 pixels, or rows of whole pixels."""
         height, width = self.axes
         if self.is_staged_by_engine:
             return rows * width.in_step / _STAGERS * 190
         wide = self.dtype.itemsize == 4
-        pixels, flat, box = (1640, 1325, 1000) if wide else (2400, 2010, 1000)
+        pixels, flat, box = (1640, 1325, 1000) if wide else (2400, 2010, 1000 if self.align == 8 else 1500)
         if self.split:
             pixels, flat, box = 1235, 1150, 860
         more = 315 if height.in_step * width.in_step > 1 else 0
@@ -550,8 +573,9 @@ def _slab(dtype, split):
 
 def _box_pixels(staging, dtype, split):
     """Of a box, from one channel to the next."""
-    more = 16 // dtype.itemsize * (2 if split else 1)
-    return _SEGMENT + (more if staging == FLAT or dtype.itemsize == 2 else 0)
+    if staging == CHANNELS:
+        return _SEGMENT
+    return _SEGMENT + 16 // dtype.itemsize * (2 if split and staging == FLAT else 1)
 
 
 def fixed_divisor(divisor):
