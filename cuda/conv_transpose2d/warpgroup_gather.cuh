@@ -314,7 +314,7 @@ struct WarpgroupGather {
     Ring weights, tile, next_tile;
     int held = -1;
     int ready = 0;  // whether the next weights are known to be there
-    int last_step;  // of split floats: after which step of a slab the job's products are under way, -1 for none
+    int last_step;  // of a slab, the one after which the job's products end, -1 for none
     unsigned turn = 0;
 
     __device__ void give_back() {
@@ -330,6 +330,21 @@ struct WarpgroupGather {
     }
   };
 
+  // Where a pass begins and ends among the steps, and the displacements of its first taps: looked up once for all slabs
+  // of a job. (With the ends of all phases here, too, the assembler serialises products.)
+  struct Pass {
+    int index, first, last, offsets[2 * kTapsTogether];
+
+    __device__ Pass(const WarpgroupParams& p, int index)
+        : index(index), first(uniform(p.first_step[index * kPhases])), last(p.first_step[(index + 1) * kPhases]) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTapsTogether; ++i) offsets[i] = p.offset[first + i];
+    }
+    __device__ int end(const WarpgroupParams& p, int phase) const {
+      return uniform(p.first_step[index * kPhases + phase + 1]);
+    }
+  };
+
   // What the products of the next taps begin with, across the phases of a pass: their slots of the ring, descriptors of
   // their weights and pixels, and the displacements of as many taps after these, which take long to look up.
   struct Taps {
@@ -337,17 +352,17 @@ struct WarpgroupGather {
     uint64 stage, slot_0, weights[kTapsTogether], pixels[kTapsTogether];
     int step, offsets[kTapsTogether];
 
-    __device__ Taps(const WarpgroupParams& p, const Reader& reader, uint64 stage, int first)
+    __device__ Taps(const WarpgroupParams& p, const Reader& reader, uint64 stage, const Pass& pass)
         : ring{uniform(reader.weights.slot), unsigned(uniform(int(reader.weights.parity)))},
           stage(uniform_descriptor(stage)),
           slot_0(matrix_descriptor(reader.memory.weights(p, 0))),
-          step(uniform(first)) {
+          step(uniform(pass.first)) {
       Ring next = ring;
 #pragma unroll
       for (int i = 0; i < kTapsTogether; ++i, next.advance(p.weight_stages)) {
         weights[i] = of_slot(next.slot);
-        pixels[i] = of(p.offset[step + i]);
-        offsets[i] = p.offset[step + kTapsTogether + i];
+        pixels[i] = of(pass.offsets[i]);
+        offsets[i] = pass.offsets[kTapsTogether + i];
       }
     }
     __device__ uint64 of(int offset) const { return advance_descriptor(stage, offset * kSwizzledRow); }
@@ -415,6 +430,7 @@ struct WarpgroupGather {
       for (int i = 0; i < kTaps; ++i, slot.advance(p.weight_stages))
         mbarrier_wait(memory.weight_full[slot.slot], slot.parity);
     }
+    if (taps.step + kTaps == reader.last_step) reader.pass_turn(consumer);
     int slot_of_lane = taps.ring.slot + reader.lane;
     slot_of_lane -= slot_of_lane < p.weight_stages ? 0 : p.weight_stages;
     int held = reader.lane < kTaps ? kMaxStages + slot_of_lane : -1;
@@ -447,7 +463,6 @@ struct WarpgroupGather {
     for (int i = 0; i < kTapsTogether; ++i) reader.ready &= found[i];
     taps = next;
     if constexpr (kSplit) {
-      if (taps.step == reader.last_step) reader.pass_turn(consumer);
       wgmma_wait<0>();
       pin(run.sum);
       if (held >= 0) mbarrier_arrive(memory.empty[held]);
@@ -464,28 +479,29 @@ struct WarpgroupGather {
   template <int kSlices>
   __device__ __forceinline__ static void multiply_slab(const WarpgroupParams& p, Reader& reader,
                                                        float (&sum)[kPhases][kPixels / 2], Run& run, uint64 stage,
-                                                       const Job& job) {
-    Taps taps(p, reader, stage, p.first_step[job.pass * kPhases]);
+                                                       const Pass& pass, int consumer) {
+    Taps taps(p, reader, stage, pass);
 #pragma unroll
     for (int i = 0; i < kPhases; ++i) {
-      int end = uniform(p.first_step[job.pass * kPhases + i + 1]);
+      int end = pass.end(p, i);
 #pragma unroll 1
       while (taps.step + kTapsTogether <= end)
-        multiply_taps<kSlices, kTapsTogether>(p, reader, taps, sum[i], run, job.consumer);
-      if (taps.step < end) multiply_taps<kSlices, 1>(p, reader, taps, sum[i], run, job.consumer);
+        multiply_taps<kSlices, kTapsTogether>(p, reader, taps, sum[i], run, consumer);
+      if (taps.step < end) multiply_taps<kSlices, 1>(p, reader, taps, sum[i], run, consumer);
     }
     reader.weights = taps.ring;
   }
 
-  // The sums of one job. The turn is passed on before the last products are done, so that the tensor cores never run
-  // dry.
+  // The sums of one job. The turn is passed on before the last products, since it takes the next consumer some 600
+  // cycles to begin; when the job's weights and slabs have been waited for, or that one could take the end of a slot's
+  // round before its own for the end of its own.
   __device__ __forceinline__ static void accumulate(const WarpgroupParams& p, Reader& reader,
                                                     float (&sum)[kPhases][kPixels / 2], const Job& job,
                                                     bool give_stages_back) {
     Memory& memory = reader.memory;
     Ring stages = reader.tile;
-    int end = p.first_step[(job.pass + 1) * kPhases];
-    bool has_steps = p.first_step[job.pass * kPhases] < end;
+    Pass pass(p, job.pass);
+    bool has_steps = pass.first < pass.last;
     reader.ready = 0;
     Run run = {};
     // Only where the slot's round before cannot be the other consumer's, whose end this wait would take for its own.
@@ -495,16 +511,16 @@ struct WarpgroupGather {
       // Through a shuffle, so that the compiler knows that the warp agrees: it would wait for every product otherwise.
       int slices = __shfl_sync(kFullMask, slab == p.slabs - 1 ? p.last_slices : kSlabSlices, 0);
       mbarrier_wait(memory.stage_full[stages.slot], stages.parity);
-      reader.last_step = uniform(slab == p.slabs - 1 ? end : -1);
+      reader.last_step = uniform(slab == p.slabs - 1 ? pass.last : -1);
       uint64 pixels = matrix_descriptor(memory.stage(p, stages.slot));
       if (slices == kSlabSlices)
-        multiply_slab<kSlabSlices>(p, reader, sum, run, pixels, job);
+        multiply_slab<kSlabSlices>(p, reader, sum, run, pixels, pass, job.consumer);
       else if (kSlabSlices > 2 && slices == 3)
-        multiply_slab<3>(p, reader, sum, run, pixels, job);
+        multiply_slab<3>(p, reader, sum, run, pixels, pass, job.consumer);
       else if (kSlabSlices > 2 && slices == 2)
-        multiply_slab<2>(p, reader, sum, run, pixels, job);
+        multiply_slab<2>(p, reader, sum, run, pixels, pass, job.consumer);
       else
-        multiply_slab<1>(p, reader, sum, run, pixels, job);
+        multiply_slab<1>(p, reader, sum, run, pixels, pass, job.consumer);
       if (give_stages_back && reader.lane == kTapsTogether) {  // those before it have the weights
         if (has_steps && !kSplit)
           reader.held = stages.slot;
@@ -513,7 +529,7 @@ struct WarpgroupGather {
       }
       stages.advance(p.stages);
     }
-    if (!kSplit || !has_steps) reader.pass_turn(job.consumer);
+    if (!has_steps) reader.pass_turn(job.consumer);
     wgmma_wait<0>();
     reader.give_back();
     reader.held = -1;
