@@ -229,14 +229,18 @@ struct alignas(16) Chunk {
 };
 
 // How a warp stores chunks in tensors of the output's shape and strides, in one of several ways, which differ in what
-// neighbours one instruction stores, and how many (see Store, to which the host says how many it may). Straight from
-// the registers: a thread's run, or 16 bytes of it; not less, since a warp's store then touches eight rows for few
-// bytes each (measured: 8 bytes take 10 to 15 % longer, for a whole convolution, than the way by shared memory).
+// neighbours one instruction stores, and how many (see Store, to which the host says how many it may). Each step takes
+// long to answer, so that there are four, with other work in between: locate() a chunk, put() its values into shared
+// memory, fetch() from there what the lane is to store, before the next put(), and flush() that to the tensor.
+//
+// Straight from the registers: a thread's run, or 16 bytes of it; not less, since a warp's store then touches eight
+// rows for few bytes each (measured: 8 bytes take 10 to 15 % longer, for a whole convolution, than the way by shared
+// memory).
 template <class T, class Gather>
 struct RunStore {
   using Rounded = RoundedFragment<T, Gather>;
   static constexpr int kVector = Rounded::kWords * 4 / sizeof(T);
-  static constexpr bool kPossible = kVector * sizeof(T) >= 16, kThroughMemory = false;
+  static constexpr bool kPossible = kVector * sizeof(T) >= 16, kThroughMemory = false, kFlushSoon = false;
 
   using Values = Fragment<Gather>;
 
@@ -251,7 +255,11 @@ struct RunStore {
     own = rows.of_thread(0) * p.out_strides[1] + pixel * Gather::kPhases;
   }
 
-  __device__ void store(int chunk, void* tensor, const Rounded& fragment) const {
+  struct Pending {};
+  __device__ int locate(int chunk) const { return chunk; }
+  __device__ Pending fetch(int, void*) const { return Pending{}; }
+  __device__ void flush(const Pending&) const {}
+  __device__ void put(int chunk, void* tensor, const Rounded& fragment) const {
 #pragma unroll
     for (int g = 0; g < Values::kGroups; ++g) {
       int group = chunk * Values::kGroups + g, left = groups.left_of(group) - pixel;
@@ -272,19 +280,19 @@ struct RunStore {
 // lie, one by one.
 template <class T, class Gather, int kVector>
 struct ChunkStore {
-  static constexpr bool kThroughMemory = true;
+  static constexpr bool kThroughMemory = true, kFlushSoon = false;
   static constexpr int kPhases = Gather::kPhases;
   static constexpr int kEach = kVector > 0 ? kVector : 1;
 
-  const WarpgroupParams& p;
   const WarpRows& rows;
   Chunk<T>& memory;
   GroupPlaces groups;
   int missing;  // the lane stores if more pixels than these exist from its group's first one on
   int64 own;    // from a group's place to the lane's
+  int64 step;   // from one of its rows to the next
 
   __device__ ChunkStore(const WarpgroupParams& p, const WarpRows& rows, Chunk<T>& memory, const TileOutputs& outputs)
-      : p(p), rows(rows), memory(memory), groups(outputs, rows.lane) {
+      : rows(rows), memory(memory), groups(outputs, rows.lane), step(kEach * p.out_strides[1]) {
     int phase = column() % kPhases, pixel = column() / kPhases % 8;
     missing = pixel + outputs.lacks(phase);
     own = row() * p.out_strides[1] + phase * p.out_strides[3] + pixel * outputs.pixel_stride();
@@ -294,41 +302,55 @@ struct ChunkStore {
   __device__ int row() const { return rows.lane * kEach / kWarp; }
   __device__ int column() const { return rows.lane * kEach % kWarp; }
 
-  __device__ void store(int chunk, void* tensor, const RoundedFragment<T, Gather>& fragment) const {
+  struct Place {
+    int64 at;
+    bool exists;
+  };
+  __device__ Place locate(int chunk) const {
     int group = chunk * Fragment<Gather>::kGroups + column() / kPhases / 8;
-    int64 place = groups.place_of(group) + own;
-    bool exists = groups.left_of(group) > missing;
-    memory.fill(fragment, rows);
-    __syncwarp();
-    store_rows(static_cast<T*>(tensor) + place, exists);
-    __syncwarp();
+    return Place{groups.place_of(group) + own, groups.left_of(group) > missing};
   }
 
-  __device__ void store_rows(T* to, bool exists) const {
-    using Piece = StorePiece<T, kEach>;
-    constexpr int kApart = sizeof(memory.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
-    constexpr int kAtOnce = kCount < kReadTogether ? kCount : kReadTogether;
+  __device__ void put(const Place&, void*, const RoundedFragment<T, Gather>& fragment) const {
+    memory.fill(fragment, rows);
+  }
+
+  using Piece = StorePiece<T, kEach>;
+  static constexpr int kApart = sizeof(memory.at[0]) / sizeof(T), kCount = kWarpRows / kEach;
+  struct Pending {
+    Piece pieces[kCount];
+    T* to;
+    bool exists;
+  };
+  __device__ Pending fetch(const Place& place, void* tensor) const {
+    __syncwarp();
     const Piece* from = reinterpret_cast<const Piece*>(&memory.at[row()][column()]);
-    const int64 step = kEach * p.out_strides[1];
-    if (exists & (rows.count == kWarpRows)) {  // one branch, not two
+    Pending pending;
 #pragma unroll
-      for (int first = 0; first < kCount; first += kAtOnce) {
-        Piece pieces[kAtOnce];
+    for (int i = 0; i < kCount; ++i) pending.pieces[i] = from[i * kApart];
+    pending.to = static_cast<T*>(tensor) + place.at;
+    pending.exists = place.exists & (rows.count == kWarpRows);
+    if (place.exists & (rows.count < kWarpRows)) store_some(pending.to, from);
+    __syncwarp();
+    return pending;
+  }
+  __device__ void flush(const Pending& pending) const {
+    if (!pending.exists) return;
+    T* to = pending.to;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) pieces[i] = from[(first + i) * kApart];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          pieces[i].store(to);
-          to += step;
-        }
-      }
-    } else if (exists) {
+    for (int i = 0; i < kCount; ++i) {
+      pending.pieces[i].store(to);
+      to += step;
+    }
+  }
+
+  // The rows that exist, if not all do.
+  __device__ void store_some(T* to, const Piece* from) const {
 #pragma unroll 1
-      for (int i = row(); i < rows.count; i += kEach) {
-        from->store(to);
-        from += kApart;
-        to += step;
-      }
+    for (int i = row(); i < rows.count; i += kEach) {
+      from->store(to);
+      from += kApart;
+      to += step;
     }
   }
 };
@@ -409,8 +431,9 @@ struct ChannelChunk<T, Gather, 2> {
 template <class T, class Gather, int kChannels>
 struct ChannelStore {
   using InMemory = ChannelChunk<T, Gather>;
-  static constexpr bool kThroughMemory = true;
   static constexpr int kCount = InMemory::kCount, kPiece = 16 / sizeof(T);
+  // Parts of pieces need so many registers that the work in between should not be of values.
+  static constexpr bool kThroughMemory = true, kFlushSoon = kChannels < kPiece;
 
   const WarpRows& rows;
   InMemory memory;
@@ -431,16 +454,13 @@ struct ChannelStore {
     step = InMemory::kStep * outputs.pixel_stride();
   }
 
-  __device__ void store(int chunk, void* tensor, const RoundedFragment<T, Gather>& fragment) const {
-    int own_group = chunk * Fragment<Gather>::kGroups + group, left = groups.left_of(own_group) - missing;
-    int64 place = groups.place_of(own_group) + own;
-    memory.fill(fragment, rows.lane);
-    __syncwarp();
-    if constexpr (kChannels == kPiece)
-      store_whole(static_cast<T*>(tensor) + place, left);
-    else
-      store_divided(static_cast<T*>(tensor), place, left);
-    __syncwarp();
+  struct Place {
+    int64 at;
+    int left;  // pixels, from the lane's first one on
+  };
+  __device__ Place locate(int chunk) const {
+    int own_group = chunk * Fragment<Gather>::kGroups + group;
+    return Place{groups.place_of(own_group) + own, groups.left_of(own_group) - missing};
   }
 
   // kChannels of each of a lane's outputs.
@@ -464,10 +484,30 @@ struct ChannelStore {
     }
   };
 
-  __device__ void store_whole(T* to, int left) const {
-    Parts pieces;
-    pieces.load(memory.piece(rows.lane));
-    pieces.store(to, step, left);
+  __device__ void put(const Place&, void*, const RoundedFragment<T, Gather>& fragment) const {
+    memory.fill(fragment, rows.lane);
+  }
+
+  struct Pending {
+    Parts whole;
+    T* to;
+    int left;
+  };
+  __device__ Pending fetch(const Place& place, void* tensor) const {
+    Pending pending;
+    __syncwarp();
+    if constexpr (kChannels == kPiece) {
+      pending.whole.load(memory.piece(rows.lane));
+      pending.to = static_cast<T*>(tensor) + place.at;
+      pending.left = place.left;
+    } else {
+      store_divided(static_cast<T*>(tensor), place.at, place.left);
+    }
+    __syncwarp();
+    return pending;
+  }
+  __device__ void flush(const Pending& pending) const {
+    if constexpr (kChannels == kPiece) pending.whole.store(pending.to, step, pending.left);
   }
 
   // The pieces of the warp in parts of kChannels, neighbouring parts by neighbouring lanes, so that what one
@@ -549,39 +589,64 @@ struct FragmentChain {
   }
 };
 
-// A job's chunks, in order: for_each(visit) calls visit(i, values) for chunk i.
+// A job's chunks, in order: for_each(visit, done) calls visit(i, first, values) for chunk i, kTogether times in a
+// round, and done() at the round's end.
 //
 // No instruction can index registers. Branches to the code that takes chunk i cost a warp that is alone on its
 // scheduler some 130 cycles a chunk; code for each chunk does not fit into the nearest instruction cache, and takes
-// twice as long. So the first kTogether chunks are taken, over and over, and the other sums of the first half moved to
-// their place; and then those of the second half to the place of the first. It uses up the sums.
-template <class T, class Gather, int kTogether>
+// twice as long. So the first kTogether chunks are taken, over and over, and others moved to their place: half of all
+// once, a quarter of all twice, and so on. It uses up the sums.
+//
+// kSelect: what is moved in one round or another, the assembler merges into selections. That is more instructions than
+// branches to what is moved, but fewer registers, and with functions of values in the round it was 9 % faster; branches
+// were 1 to 4 % faster without, and with moments.
+template <class T, class Gather, int kTogether, bool kSelect>
 struct Chunks {
   using Values = Fragment<Gather>;
   using Sums = float[Gather::kPhases][Gather::kPixels / 2];
   static constexpr int kSums = Values::kGroups * 4;  // of a chunk, in each phase
-  static constexpr int kHalf = Values::kCount / 2 < kTogether ? Values::kCount : Values::kCount / 2;
 
   Sums& sum;
   FragmentBias<T> bias;
 
   __device__ Chunks(Sums& sum, const void* bias, const WarpRows& rows) : sum(sum), bias(bias, rows) {}
 
-  template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
+  template <class Visit, class Done>
+  __device__ __forceinline__ void for_each(Visit visit, Done done) const {
 #pragma unroll 1
     for (int i = 0; i < Values::kCount; i += kTogether) {
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
         Values values;
         take(k, values);
-        visit(i + k, values);
+        visit(i + k, k == 0, values);
       }
-      if (i % kHalf < kHalf - kTogether)
-        move<kTogether, kHalf>();
+      if constexpr (kSelect)
+        select(i + kTogether);
       else
-        move<kHalf, Values::kCount>();
+        bring(i + kTogether);
+      done();
     }
+  }
+
+  // Brings chunk `next`, a multiple of kTogether, to the first place, with as many after it as come before others are
+  // moved.
+  template <int kSize = kTogether>
+  __device__ __forceinline__ void bring(int next) const {
+    if constexpr (kSize < Values::kCount) {
+      if (next % (2 * kSize) != kSize) return bring<2 * kSize>(next);
+      move<kSize, 2 * kSize>();
+      __syncwarp();  // keeps it a branch: moves under a condition would take their time in every round
+    }
+  }
+
+  // The same, with all after it of its half.
+  __device__ __forceinline__ void select(int next) const {
+    constexpr int kHalf = Values::kCount / 2;
+    if (next % kHalf)
+      move<kTogether, kHalf>();
+    else
+      move<kHalf, Values::kCount>();
   }
 
   // The sums of chunks kFrom to kTo to the place of the first ones.
@@ -632,13 +697,23 @@ struct WarpgroupStore {
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
     TileOutputs outputs(gather, tile, job, rows.first);
     Tensors tensors(gather, rows, storage.chunks[threadIdx.x / kWarp], outputs);
-    Chunks<T, Gather, 2> chunks(sum, params.bias, rows);
-    chunks.for_each([&](int i, Fragment<Gather>& values) {
-      if (kSave) tensors.store(i, params.saved, Rounded(values));
-      if (kSave && Tensors::kThroughMemory) chunks.take(i, values);
+    Chunks<T, Gather, 2, true> chunks(sum, params.bias, rows);
+    typename Tensors::Pending pending;
+    auto flush = [&] { tensors.flush(pending); };
+    auto visit = [&](int i, bool first, Fragment<Gather>& values) {
+      auto place = tensors.locate(i);
+      if (kSave) {
+        if (!first) flush();
+        tensors.put(place, params.saved, Rounded(values));
+        tensors.flush(tensors.fetch(place, params.saved));
+        if (Tensors::kThroughMemory) chunks.take(i, values);
+      }
       chain.apply(values);
-      tensors.store(i, params.output, Rounded(values));
-    });
+      if (!kSave && !first) flush();
+      tensors.put(place, params.output, Rounded(values));
+      pending = tensors.fetch(place, params.output);
+    };
+    chunks.for_each(visit, flush);
   }
 };
 
@@ -738,17 +813,23 @@ struct WarpgroupStoreWithMoments {
     using Tensor = typename Store<T, Gather, kVector>::type;
     TileOutputs outputs(gather, tile, job, rows.first);
     Tensor tensor(gather, rows, storage.chunks[threadIdx.x / kWarp], outputs);
-    Chunks<T, Gather, 1> chunks(sum, params.bias, rows);
+    Chunks<T, Gather, 1, Tensor::kFlushSoon> chunks(sum, params.bias, rows);
     FragmentChain<T, Chain> chain(numbers, params.chain, rows);
     Deviations<Gather> deviations(tensor.groups, outputs, rows);
-    chunks.for_each([&](int i, Fragment<Gather>& values) {
-      tensor.store(i, params.output, Rounded(values));
-      if (Tensor::kThroughMemory) chunks.take(i, values);
+    auto visit = [&](int i, bool, Fragment<Gather>& values) {
+      auto place = tensor.locate(i);
+      tensor.put(place, params.output, Rounded(values));
+      if (Tensor::kFlushSoon) {
+        tensor.flush(tensor.fetch(place, params.output));
+        chunks.take(i, values);
+      }
       Rounded(values).get(values);
       chain.apply(values);
       if (opaque(i) == 0) deviations.set_origin(values);  // or the first round would be written out apart
       deviations.add(values, i);
-    });
+      if (!Tensor::kFlushSoon) tensor.flush(tensor.fetch(place, params.output));
+    };
+    chunks.for_each(visit, [] {});
     // Worked out anew, not kept in registers meanwhile.
     write(deviations, Gather::place(gather, opaque(job.tile)), job, rows);
   }
