@@ -116,24 +116,23 @@ def operations():
 def select(patterns, quick=False):
     """(operation, problem) pairs whose full name or tag matches one of the patterns; all of them without patterns.
 
-    A pattern without wildcards matches anywhere in the name. Models come first, then the convolution alone. The quick
+    A tag stands for what it is on, whatever else has that word in its name: "model" is the three models. Any other
+    pattern without wildcards matches anywhere in the name. Models come first, then the convolution alone. The quick
     problems are for the emulator and are taken only, and alone, if `quick`.
     """
-    chosen = []
-    for operation in operations():
-        for problem in operation.problems:
-            if ("quick" in problem.tags) == quick and _matches(problem, patterns):
-                chosen.append((operation, problem))
+    pairs = [(operation, problem) for operation in operations() for problem in operation.problems]
+    tags = {tag for _, problem in pairs for tag in problem.tags}
+    chosen = [pair for pair in pairs if ("quick" in pair[1].tags) == quick and _matches(pair[1], patterns, tags)]
     order = {"model": 0, "alone": 1, "sweep": 3}
     return sorted(chosen, key=lambda pair: min([order[t] for t in pair[1].tags if t in order], default=2))
 
 
-def _matches(problem, patterns):
+def _matches(problem, patterns, tags):
     if not patterns:
         return True
     for pattern in patterns:
         if pattern in problem.tags or fnmatch.fnmatchcase(problem.full_name, pattern):
             return True
-        if not set(pattern) & set("*?[") and pattern in problem.full_name:
+        if pattern not in tags and not set(pattern) & set("*?[") and pattern in problem.full_name:
             return True
     return False
