@@ -429,7 +429,7 @@ class _Work:
         """Cycles of a multiprocessor, within a fifth: fitted to the times of 1875 plans for 23 geometries on an H200.
 
         The tensor cores take N / 2 cycles for 64 x N products of 32 bytes of depth, and some 210 pass between those of
-        two taps and of the next two, 300 where sums are added to totals in between; a copy of weights is 1600 cycles
+        two taps and of the next two, 300 where sums are added to totals in between; a copy of weights is 1860 cycles
         under way; an epilogue takes some 35 for each column (44 in float, 15 where only the minimum is kept), more
         where phases that are neighbours in memory are computed apart, and two consumers share it. Memory is read and
         written in sectors of 32 bytes, which short rows waste. All these are in each other's way, the more so the
@@ -446,7 +446,7 @@ class _Work:
         stagings = 1 if self.groups_per_tile == 1 and _CONSUMERS * self.slabs <= stages else jobs
         staging = stagings * self.slabs * (self._staging_cycles(pitch, rows) + 540)
         staging *= 1 + 6 / (row_bytes * self.axes[1].in_step)
-        weights = steps * self.slabs * 1600 / (weight_stages - 1)
+        weights = steps * self.slabs * 1860 / (weight_stages - 1)
         apart = shape.phases < min(4, len(self.axes[1].taps)) and not self.channel_min
         epilogue = 35 if self.dtype.itemsize == 2 else 44
         epilogue = 15 if self.channel_min else epilogue * (1 + 28 / (row_bytes * shape.phases))
