@@ -432,8 +432,8 @@ template <class T, class Gather, int kChannels>
 struct ChannelStore {
   using InMemory = ChannelChunk<T, Gather>;
   static constexpr int kCount = InMemory::kCount, kPiece = 16 / sizeof(T);
-  // Parts of pieces need so many registers that the work in between should not be of values.
-  static constexpr bool kThroughMemory = true, kFlushSoon = kChannels < kPiece;
+  // Parts of pieces, and four phases, need so many registers that the work in between should not be of values.
+  static constexpr bool kThroughMemory = true, kFlushSoon = kChannels < kPiece || Gather::kPhases == 4;
 
   const WarpRows& rows;
   InMemory memory;
@@ -551,7 +551,7 @@ template <class T, class Gather, int kVector>
 struct Store {
   using Run = RunStore<T, Gather>;
   using Row = ChunkStore<T, Gather, (kVector > 1 ? kVector : 0)>;
-  static_assert(kVector <= 2 || kVector * sizeof(T) == 16, "neither single outputs, nor pairs, nor 16 bytes");
+  static_assert(kVector <= 2 || kVector == 16 / int(sizeof(T)), "neither single outputs, nor pairs, nor 16 bytes");
   using Outputs = typename Select<(kVector > 2) && Run::kPossible, Run, Row>::type;
   using Channels = ChannelStore<T, Gather, (kVector < 0 ? -kVector : 1)>;
   using type = typename Select<(kVector < 0), Channels, Outputs>::type;
