@@ -464,9 +464,8 @@ class _Work:
         width = self.axes[1]
         if self.channel_min or self.staging == CHANNELS or width.step != shape.phases:
             return 0
-        whole = 16 // self.dtype.itemsize
-        bits = whole | width.out_size | (columns * shape.phases if column_tiles > 1 else 0)
-        return {whole: 0, 1: 8}.get(bits & -bits, 2)
+        vector = _outputs_of_row(self.dtype, width.out_size, column_tiles, columns * shape.phases)
+        return {1: 8, 2: 2}.get(vector, 0)
 
     def _staging_cycles(self, pitch, rows):
         """Of a stager warp, for its share of a slab: of boxes or batches of 32 pixels, or rows of whole pixels."""
@@ -731,19 +730,25 @@ def outputs_per_store(plan, ending, strides):
     every row, image and tile, and all or none of them existing. Where the neighbours are channels, how many of these it
     writes, times -1."""
     fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
-    whole = 16 // itemsize
-    aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | whole
+    aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
     vector = 1
     if strides[3] == 1 and fields["out_step"][1] == phases:
-        bits = aligned | strides[0] | strides[1] | strides[2] | fields["out_size"][1]
-        if fields["column_tiles"] > 1:
-            bits |= fields["tile_columns"] * phases
-        vector = bits & -bits
-        vector = vector if vector == whole else min(vector, 2)
+        outside = aligned | strides[0] | strides[1] | strides[2]
+        tile = fields["column_tiles"], fields["tile_columns"] * phases
+        vector = _outputs_of_row(plan.dtype, fields["out_size"][1], *tile, outside)
     if vector == 1 and strides[1] == 1:
         bits = aligned | strides[0] | strides[2] | strides[3] | fields["rows"]
         vector = -(bits & -bits)
     return vector
+
+
+def _outputs_of_row(dtype, out_size, column_tiles, tile_outputs, outside=0):
+    """The outputs of a row that one store may write: 1, 2, or 16 bytes of them. Rows and tiles are multiples of these,
+    and so are the places of rows, which `outside` has or-ed together."""
+    whole = 16 // dtype.itemsize
+    bits = whole | outside | out_size | (tile_outputs if column_tiles > 1 else 0)
+    vector = bits & -bits
+    return vector if vector == whole else min(vector, 2)
 
 
 def _pack(queue, plan, weight, gathered):
