@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers.chain import chain_of
 from rawkern.launchers.conv_transpose2d import input_gradient, weight_gradient, with_moments
 from rawkern.launchers.geometry import Geometry
+from rawkern.launchers.pointwise import pointwise
 from rawkern.runtime.emulator import Emulator
 from rawkern.testing import TF32_ROUNDING, assert_as_accurate_as_torch, assert_parity
 
@@ -292,6 +294,28 @@ def test_every_way_to_store_rows(stride, dtype, kernel, monkeypatch):
     assert ways == ({1, 2, 4} if dtype == "float32" else {1, 2, 8})
 
 
+@pytest.mark.parametrize("kernel", [WARPGROUP], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "width,layout,kernels",
+    [(32, sweep.contiguous, 1), (33, sweep.contiguous, 2), (36, sweep.contiguous, 2), (35, sweep.channels_last, 1)],
+)
+def test_the_chain_has_a_kernel_of_its_own(width, layout, kernels, dtype, kernel, monkeypatch):
+    """Where the convolution is saved, too, and tiles would write parts of a sector."""
+    generator = np.random.default_rng(0)
+    shapes = (2, 8, 3, width), (8, 32, 3, 3), (32,)
+    x, w, b = (generator.integers(-2, 3, shape).astype(dtype) for shape in shapes)
+    expected = F.conv_transpose2d(*(torch.from_numpy(array).double() for array in (x, w, b)), padding=1).numpy()
+    out, saved = (layout(np.full(expected.shape, 99, dtype)) for _ in range(2))
+    own = []
+    module = sys.modules["rawkern.launchers.conv_transpose2d"]
+    monkeypatch.setattr(module, "pointwise", lambda *args, **options: own.append(pointwise(*args, **options)) or own[0])
+    chain = Add(0.5), Mul(2.0)
+    result = launchers.conv_transpose2d(x, w, b, padding=1, epilogue=chain, precision="tf32", out=out, saved=saved)
+    assert result is out and len(own) == kernels - 1
+    assert np.array_equal(out, 2 * expected + 1) and np.array_equal(saved, expected)
+
+
 #: Channels of an output, groups, the channels of its memory and how many of these come first, how many one store takes.
 CHANNELS_LAST = [
     (48, 1, 48, 0, 8),
@@ -339,6 +363,15 @@ def test_every_way_to_store_channels(stride, dtype, kernel, monkeypatch):
         np.testing.assert_allclose(total.sum(1), 2 * expected.sum((2, 3)).reshape(-1), rtol=1e-5, atol=1e-3)
         assert all((m[..., :before] == 99).all() and (m[..., before + channels :] == 99).all() for m in memories)
         assert ways[-2:] == 2 * [-min(vector, most)]
+
+
+@pytest.mark.parametrize("processors, blocks", [(132, 131), (131, 131), (130, 130), (66, 65), (2, 2)])
+def test_no_block_has_the_same_columns_in_all_of_its_tiles(processors, blocks):
+    """Three tiles side by side, on devices of several sizes."""
+    geometry = Geometry.of((128, 64, 64, 64), (64, 128, 4, 4), 2, 1)
+    arguments = dict(transposed=True, staging=warpgroup.ROWS)
+    plan = warpgroup.plan(geometry, np.dtype("float32"), "tf32", "sm_90a", processors, **arguments)
+    assert plan.fields["column_tiles"] == 3 and plan.blocks == blocks
 
 
 @pytest.mark.parametrize("case", CASES | LARGER)

@@ -25,6 +25,7 @@ _WEIGHT_BYTES = _ROWS * _ROW_BYTES  # of a slab and tap
 _TAPS_TOGETHER = 2  # of a phase
 _WEIGHT_STAGES = 4  # at least
 _SEGMENT = 32  # pixels of a row that a box is for
+_SECTOR = 32  # bytes that device memory and the L2 cache move at once
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = (42 + _STAGERS * _MAX_BOXES) * 16 + _STAGERS * _MAX_BOXES * 8  # on the emulator; half of it on a GPU
 DTYPES = (np.dtype("float32"), np.dtype("float16"), bfloat16)
@@ -412,6 +413,17 @@ class _Work:
             boxes, pool = boxes + more, pool - more * ring
         return stages, min(_MAX_WEIGHT_STAGES, weight_stages + pool // _WEIGHT_BYTES), boxes
 
+    def _blocks(self, column_tiles, neighbours):
+        """Persistent blocks: one for each multiprocessor, or one fewer where every block would meet the same columns in
+        all of its tiles. Blocks that always have the narrow last column, say, run ahead of those beside them, and what
+        both write of one sector of memory no longer meets in the L2 cache (cuda/README.md: up to twice the time).
+
+        Args:
+            neighbours: tiles that are numbered one after the other in the same columns.
+        """
+        every = self.processors % (column_tiles * neighbours) == 0
+        return self.processors - 1 if every and column_tiles > 2 else self.processors
+
     def _jobs(self, shape):
         """Of a tile."""
         return self.phases // shape.phases * self.units * self.groups_per_tile
@@ -535,7 +547,8 @@ class _Work:
             first_step=_padded(first_step, _MAX_PHASES + 1),
             offset=_padded(offsets, _MAX_STEPS + 4),
         )
-        tiles = tile.row_tiles * tile.column_tiles * geometry.groups // self.groups_per_tile * tile.parts
+        neighbours = geometry.groups // self.groups_per_tile * tile.parts
+        tiles = tile.row_tiles * tile.column_tiles * neighbours
         packed_bytes = self.units * geometry.groups * len(offsets) * self.slabs * _WEIGHT_BYTES
         pack_fields = dict(
             count=packed_bytes // (32 if self.split else 16),
@@ -557,7 +570,7 @@ class _Work:
             staging=self.staging,
             tiles=tiles,
             cost=tile.cost,
-            blocks=min(tiles, self.processors),
+            blocks=min(tiles, self._blocks(tile.column_tiles, neighbours)),
             row_tiles_per_image=tile.stack // tile.rows,
             fields=fields,
             pack_fields=pack_fields,
@@ -732,7 +745,7 @@ def outputs_per_store(plan, ending, strides):
     fields, phases, itemsize = plan.fields, plan.shape.phases, plan.dtype.itemsize
     aligned = (ending["output"] | ending.get("saved", 0)) // itemsize | 16 // itemsize
     vector = 1
-    if strides[3] == 1 and fields["out_step"][1] == phases:
+    if _stores_rows(plan, strides):
         outside = aligned | strides[0] | strides[1] | strides[2]
         tile = fields["column_tiles"], fields["tile_columns"] * phases
         vector = _outputs_of_row(plan.dtype, fields["out_size"][1], *tile, outside)
@@ -740,6 +753,25 @@ def outputs_per_store(plan, ending, strides):
         bits = aligned | strides[0] | strides[2] | strides[3] | fields["rows"]
         vector = -(bits & -bits)
     return vector
+
+
+def fills_sectors(plan, ending, strides):
+    """Whether all that a tile writes begins and ends between two sectors of 32 bytes, so that no two tiles write into
+    the same one. Arrays are taken to begin at one where they are aligned to 16 bytes."""
+    fields = plan.fields
+    if (ending["output"] | ending["saved"]) % 16:
+        return False
+    if _stores_rows(plan, strides):
+        tile = fields["tile_columns"] * plan.shape.phases if fields["column_tiles"] > 1 else 0
+        bits = strides[0] | strides[1] | strides[2] | tile
+    else:
+        bits = strides[0] | strides[2] | strides[3] if strides[1] == 1 else 1
+    return bits * plan.dtype.itemsize % _SECTOR == 0
+
+
+def _stores_rows(plan, strides):
+    """Whether a job's outputs of a row are neighbours in memory: those of all phases of the row."""
+    return strides[3] == 1 and plan.fields["out_step"][1] == plan.shape.phases
 
 
 def _outputs_of_row(dtype, out_size, column_tiles, tile_outputs, outside=0):
@@ -802,7 +834,8 @@ def kernels():
     for dtype, split, shapes in (*whole, (np.dtype("float32"), True, SPLIT_SHAPES)):
         for shape, vector in itertools.product(shapes, stores(dtype)):
             yield _store(shape, dtype, split, True, IDENTITY.cpp, IDENTITY.params, vector, False)
-            yield _store(shape, dtype, split, True, chain.cpp, chain.params, vector, True)
+            saves = abs(vector) * dtype.itemsize == 16  # only where sectors are filled
+            yield _store(shape, dtype, split, True, chain.cpp, chain.params, vector, saves)
             yield _moments(shape, dtype, split, gelu.cpp, gelu.params, vector)
         for shape in shapes:
             yield _channel_min(shape, dtype, split)
