@@ -269,6 +269,7 @@ def sweep_conv_transpose2d_weight_gradient():
         (64, (3, 5), 1, 1, contiguous),
         *((64, (3, 3), stride, padding, contiguous) for stride in (1, 2) for padding in (0, 1)),
         *((64, (kernel, kernel), 2, padding, contiguous) for kernel in (2, 4) for padding in (0, 1)),
+        *((49, (kernel, kernel), stride, 1, contiguous) for kernel, stride in ((3, 1), (3, 2), (4, 2))),  # any rows
     )
     for (arch, dtype, precision), (width, kernel, stride, padding, arrange) in itertools.product(products, cases):
         shapes = (2, 70, 5, width), (70, 22, *kernel)

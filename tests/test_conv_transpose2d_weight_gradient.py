@@ -151,7 +151,6 @@ def test_layouts(layouts, products, monkeypatch):
     check_exact(case, dtype, [LAYOUTS[layout] for layout in layouts], precision)
 
 
-SHARES = (taps.PIXELS, taps.CHANNELS, taps.WINDOWS, *taps.ALL_TAPS.values())
 BLOCKS = {
     f"{itemsize * 8} bit, {share}, {block.products} {block.warpgroups} {block.columns} {block.spread}": (
         itemsize,
@@ -159,7 +158,7 @@ BLOCKS = {
         block,
     )
     for products, itemsize in itertools.product((taps.WARP, taps.WARPGROUP, taps.SPLIT), (4, 2))
-    for share in SHARES
+    for share in taps.SHARES
     for block in taps.blocks(itemsize, products, share)
 }
 
@@ -176,10 +175,14 @@ def test_every_block(name, monkeypatch):
     monkeypatch.setattr(taps, "blocks", lambda *_: (block,))
     taps.taps_plan.cache_clear()
     try:
-        case = ((2, 66, 37, 64), (66, 70, 4, 5), 1, (0, 1), 0, 1, (1, 2))
-        for (width, stride), all_taps in taps.ALL_TAPS.items():
-            if share == all_taps:
-                case = whole_strips((2, 66, 37, 64), 70, (4, width), (1, stride), (0, 1))
+        any_rows = "kAnyRows" in share
+        case = ((2, 66, 37, 91 if any_rows else 64), (66, 70, 4, 5), 1, (0, 1), 0, 1, (1, 2))
+        for shares in (taps.ALL_TAPS, taps.ANY_ROWS):
+            for (width, stride), all_taps in shares.items():
+                if share == all_taps and any_rows:
+                    case = ((2, 66, 37, 91), (66, 70, 4, width), (1, stride), (0, 1), 0, 1, 1)
+                elif share == all_taps:
+                    case = whole_strips((2, 66, 37, 64), 70, (4, width), (1, stride), (0, 1))
         layout = LAYOUTS["channels-last" if share == taps.CHANNELS else "plain"]
         dtype = torch.float32 if itemsize == 4 else torch.float16
         geometry = Geometry.of(*case)
@@ -199,7 +202,8 @@ def geometries(draw):
     groups = draw(st.sampled_from([1, 1, 2]))
     kernel, stride, dilation = draw(pairs(1, 5)), draw(pairs(1, 4)), draw(pairs(1, 4))
     channels = groups * draw(st.integers(16, 40)), draw(st.integers(16, 40))
-    size = draw(st.sampled_from([draw(pairs(1, 12)), (draw(st.integers(1, 6)), 64)]))
+    size = draw(pairs(1, 12)), (draw(st.integers(1, 6)), 64), (draw(st.integers(1, 6)), draw(st.integers(23, 110)))
+    size = draw(st.sampled_from(size))
     limit = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
     output_padding = tuple(draw(st.integers(0, n)) for n in limit)
     shapes = (draw(st.integers(1, 4)), channels[0], *size), (*channels, *kernel)
@@ -254,10 +258,11 @@ def test_what_is_not_finite_stays_where_it_belongs(width, stride, layout, produc
     says, among them none by way of pixels that are staged to fill a tile."""
     dtype, precision, arch = PRODUCTS[products]
     monkeypatch.setattr(Emulator, "arch", arch)
-    case = whole_strips((2, 16, 6, 64), 16, (3, width), stride, 1)
-    geometry = Geometry.of(*case)
-    shapes = {"x": geometry.input_shape, "gy": geometry.output_shape}
-    for name, row, column in itertools.product(shapes, (0, 3, -1), (0, 40, -1)):
+    whole = whole_strips((2, 16, 6, 64), 16, (3, width), stride, 1)
+    any_rows = ((2, 16, 6, 49), (16, 16, 3, width), stride, 1, 0, 1, 1)
+    for case, name, row, column in itertools.product((whole, any_rows), ("x", "gy"), (0, 3, -1), (0, 40, -1)):
+        geometry = Geometry.of(*case)
+        shapes = {"x": geometry.input_shape, "gy": geometry.output_shape}
         x, grad = integers(shapes["x"], dtype, 0), integers(shapes["gy"], dtype, 1)
         array = x if name == "x" else grad
         array[0, 5, row, column], array[1, 9, row, column] = np.inf, np.nan
@@ -271,11 +276,24 @@ def test_how_tiles_are_staged(width, stride):
     geometry = Geometry.of(*whole_strips((2, 16, 4, 64), 16, (3, width), stride, 1))
     arrays = integers(geometry.input_shape, torch.float16, 0), integers(geometry.output_shape, torch.float16, 1)
     assert taps.share_of(geometry, *arrays) == taps.ALL_TAPS[width, stride]
-    otherwise = taps.WINDOWS if stride == 1 else taps.PIXELS
+    otherwise = taps.ANY_ROWS.get((width, stride), taps.PIXELS)
     assert taps.share_of(geometry, eight_bytes_on(arrays[0]), arrays[1]) == otherwise
     assert taps.share_of(geometry, arrays[0], eight_bytes_on(arrays[1])) == taps.ALL_TAPS[width, stride]
     assert taps.share_of(geometry, *map(every_other, arrays)) == taps.PIXELS
     assert taps.share_of(geometry, *map(channels_last, arrays)) == taps.CHANNELS
+
+
+@pytest.mark.parametrize("dtype, widths", [(torch.float32, (22, 23, 64, 69, 91)), (torch.float16, (35, 36, 128, 118))])
+@pytest.mark.parametrize("width, stride", taps.ALL_TAPS)
+def test_how_rows_of_any_width_are_staged(width, stride, dtype, widths):
+    """In strips of their own, unless these are much longer; then side by side."""
+    for columns in widths:
+        geometry = Geometry.of((2, 16, 4, columns), (16, 16, 3, width), stride, 1)
+        arrays = integers(geometry.input_shape, dtype, 0), integers(geometry.output_shape, dtype, 1)
+        expected = taps.ANY_ROWS.get((width, stride), taps.PIXELS) if columns > widths[0] else taps.PIXELS
+        if columns % 64 == 0 and (dtype == torch.float32 or geometry.output_size[1] % 2 == 0):
+            expected = taps.ALL_TAPS[width, stride]
+        assert taps.share_of(geometry, *arrays) == expected
 
 
 def test_narrow_images_keep_what_is_not_finite_apart():

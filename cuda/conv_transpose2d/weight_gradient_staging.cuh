@@ -7,14 +7,16 @@
 //     AlongPixels    a warp has several rows, a lane a word of each. Any strides.
 //     AlongChannels  a lane has a row (two rows of 16-bit values, read as one word, for which channels must be
 //                    neighbours in memory), a warp 16 bytes of each.
-//     AlongWindows   stride 1, pixels neighbours in memory, a strip within one image; of 16-bit values, an even width
-//                    of gy and words at even columns whole in memory: a warp has several channels, a lane two words of
-//                    the window that all taps see, which each tap puts into its own row.
+//     AlongWindows   stride 1, pixels neighbours in memory, whole rows: a warp has several channels, a lane two words
+//                    of the window that all taps see, which each tap puts into its own row.
 //     AlongThreeTaps, AlongTapsStride2
-//                    kernels of width 3 and stride 1, of width 2, 3 or 4 and stride 2, dilation 1; otherwise as
-//                    AlongWindows, and rows of x at multiples of 16 bytes: a lane has 16 bytes of a row of x, and of gy
-//                    a word (two, stride 2) of each of the warp's channels, which is loaded and rounded once for all
-//                    taps.
+//                    kernels of width 3 and stride 1, of width 2, 3 or 4 and stride 2, dilation 1, pixels neighbours in
+//                    memory: of gy a lane has a word (two, stride 2) of each of the warp's channels, which is loaded
+//                    and rounded once for all taps. Of x it has 16 bytes of a row, if rows are whole and begin at
+//                    multiples of as many (kWholeRows); else a word of each of the warp's rows (kAnyRows).
+// Whole rows are whole strips; of 16-bit values, the width of gy is even and words at even columns are whole in memory.
+// Of any rows, which have strips of their own, the last one may end before its 32nd word, and 16-bit values are loaded
+// one by one, from the first tap's column on.
 // All load into registers now and store later, so that a step's loads have a whole step's time. What costs here is the
 // number of instructions: where all that a warp loads exists, it asks once instead of for each element. The rows of
 // all taps at once keep their addresses from step to step (begin() forms them where a strip begins); the others find
@@ -26,6 +28,8 @@
 #include "weight_gradient_products.cuh"
 
 namespace rawkern {
+
+enum RowKind { kWholeRows, kAnyRows };
 
 constexpr int kNowhere = -(1 << 30);  // a column that no tap moves into an image
 
@@ -294,6 +298,74 @@ struct WordRows : NothingKept {
   }
 };
 
+// The words that a lane has of a tile's rows, in memory whole or (kHalves) two 16-bit values anywhere. These are put
+// together by join() where they are stored: sooner, it would wait for them.
+template <class T, bool kHalves>
+struct LaneWords {
+  static constexpr int kParts = kHalves ? 2 : 1;
+  int code;  // four times the channels that have the word, from the warp's first on; a bit for each part that exists
+
+  // Of the word at a column of the image, of so many channels.
+  __device__ void find(const TileRows<T>& rows, int column, int channels) {
+    code = 4 * channels;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) code += rows.exists(column + k) ? 1 << k : 0;
+  }
+  // In a row of the image, which may not exist.
+  __device__ LaneWords in_row(bool exists) const { return LaneWords{exists ? code : 0}; }
+  // That of the warp's channel `channel`.
+  __device__ void read(unsigned (&parts)[kParts], uint64 from, int channel) const {
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) {
+      bool exists = (code & 1 << k) != 0 && code >= 4 * channel + 4;
+      if constexpr (kHalves)
+        parts[k] = exists ? bits_of(read_only(reinterpret_cast<const T*>(from) + k)) : 0;
+      else
+        parts[k] = exists ? read_only(reinterpret_cast<const unsigned*>(from)) : 0;
+    }
+  }
+  // Those of the first kEach of the warp's channels, which are `apart` bytes apart.
+  template <int kEach, int kWarps, int kCount>
+  __device__ void read_each(unsigned (&parts)[kCount][kParts], uint64 from, int64 apart) const {
+    apart = opaque(apart);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      read(parts[i], from, i * kWarps);
+      from += apart;
+    }
+  }
+};
+
+template <int kCount, int kParts>
+__device__ inline void join(const unsigned (&parts)[kCount][kParts], unsigned (&words)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) words[i] = kParts == 2 ? parts[i][0] | parts[i][kParts - 1] << 16 : parts[i][0];
+}
+
+// Which pixels of a strip there are, where it may end early: all before the first that is nowhere.
+template <RowKind kKind, int kPack>
+struct StripEnd {
+  int pixels;
+
+  __device__ void find(const Strip2d<32 * kPack>& strip) {
+    pixels = 0;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i)
+      pixels += __popc(__ballot_sync(kFullMask, strip.column[threadIdx.x % kWarp * kPack + i] != kNowhere));
+  }
+  // A word of pixels with zeros for those that do not exist.
+  __device__ unsigned cut(unsigned word, int number) const {
+    int left = pixels - number * kPack;
+    unsigned some = kPack == 2 && left == 1 ? word & 0xffffu : 0u;
+    return left >= kPack ? word : some;
+  }
+};
+template <int kPack>
+struct StripEnd<kWholeRows, kPack> {
+  __device__ void find(const Strip2d<32 * kPack>&) {}
+  __device__ unsigned cut(unsigned word, int) const { return word; }
+};
+
 // Rows of gy, two taps or more in a tile: of each channel, 64 words (of 16-bit values, from an even column on). A tap
 // that is `shift` pixels on sees them from word shift / kPack on, and if there is half a word left, words that
 // straddle.
@@ -358,6 +430,41 @@ struct WindowRows : NothingKept {
   }
 };
 
+// Rows of x that begin anywhere and may end within the strip: a warp has every kWarps-th, a lane a word of each.
+template <class T, bool kSplit, int kRows, int kWarps>
+struct LaneRows {
+  static constexpr int kPack = WordOfPixels<T>::kPack, kEach = int(ceil_div(kRows, kWarps));
+  static_assert(kWarps % 4 == 0, "a warp's rows have one swizzle, or two that differ in its highest bit");
+  using Words = LaneWords<T, kPack == 2>;
+  unsigned parts[kEach][Words::kParts];
+  uint64 at;
+  Words own;
+
+  __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
+    int first = opaque(warp), pixel = opaque(int(threadIdx.x)) % kWarp * kPack;
+    own.find(rows, strip.column[0] + pixel, rows.channels - first);
+    at = reinterpret_cast<uint64>(rows.channel_at(0, first, image_row) + strip.offset[0] + pixel);
+  }
+
+  __device__ void load(const TileRows<T>&, int, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
+    own.template read_each<kEach, kWarps>(parts, at, steps.apart);
+    at += steps.next;
+  }
+
+  __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps&) const {
+    unsigned words[kEach];
+    join(parts, words);
+    int lane = threadIdx.x % kWarp, place = warp * kSwizzledRow + ((lane / 4 ^ (warp & 7)) << 4) + lane % 4 * 4;
+    put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kEach], unsigned char* to) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (i * kWarps + warp < kRows)
+          *reinterpret_cast<unsigned*>(to + (i * kWarps & 4 ? place ^ 64 : place) + i * kWarps * kSwizzledRow) =
+              staged[i];
+    });
+  }
+};
+
 // Rows of x, 16 bytes at a time: of the last eight warps each takes four rows of every 32, a lane the same unit of
 // each.
 template <class T, bool kSplit, int kRows, int kWarps>
@@ -403,49 +510,46 @@ struct UnitRows {
 // sees it (of 16-bit values, from an even column on); `more` are words from the strip's last one on, of all channels,
 // four lanes for each. A tap that is `shift` pixels on sees the words shift / kPack further on, and if there is half a
 // word left, words that straddle, of which the last needs the first of `more`'s.
-template <class T, bool kSplit, int kRows, int kWarps>
+template <RowKind kKind, class T, bool kSplit, int kRows, int kWarps>
 struct ThreeTapRows {
   static constexpr int kPack = WordOfPixels<T>::kPack, kTaps = 3, kChannels = kRows / kTaps, kMore = 4;
   static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
+  static constexpr bool kHalves = kKind == kAnyRows && kPack == 2;
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
   static_assert(kEach * kMore <= kWarp, "the warp's lanes suffice for what is beyond the strip");
-  unsigned words[kEach + 1];  // the last: of `more`
+  using Words = LaneWords<T, kHalves>;
+  unsigned parts[kEach + 1][Words::kParts];  // the last: of `more`
   uint64 at, more_at;
-  int left;               // channels that exist, from the warp's first on
-  int later, more_place;  // of `more`: how many words after the strip's last (many: none), and where that one goes
-  bool more_exists;
+  Words own, more;  // `more`: one channel or none
+  int more_place;   // where its word goes, and in the two lowest bits, how many words after the strip's last (3: none)
+  StripEnd<kKind, kPack> end;
 
   __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
     int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane / kMore * kWarps;
-    int column = strip.column[0] - rows.odd;
-    later = lane % kMore;
-    left = rows.exists(column + lane * kPack) ? rows.channels - first : 0;
-    more_exists = later < kMore - 1 && channel < rows.channels && rows.exists(column + (kWarp - 1 + later) * kPack);
-    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
+    int odd = kHalves ? 0 : rows.odd, column = strip.column[0] - odd;
+    int later = lane % kMore;
+    own.find(rows, column + lane * kPack, rows.channels - first);
+    more.find(rows, column + (kWarp - 1 + later) * kPack, later < kMore - 1 && channel < rows.channels);
+    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - odd);
     at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * kPack);
     more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + (kWarp - 1 + later) * kPack);
-    more_place = swizzled(channel, 7) + (3 + later) * 4;
-    if (channel >= kChannels) later = kWarp;
+    more_place = swizzled(channel, 7) + (3 + later) * 4 + (channel < kChannels ? later : kMore - 1);
+    end.find(strip);
   }
 
   __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
     bool row_exists = unsigned(image_row) < unsigned(steps.height);
-    int channels = row_exists ? left : 0;
-    uint64 from = at;
-    int64 apart = opaque(steps.apart);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      words[i] = i * kWarps < channels ? read_only(reinterpret_cast<const unsigned*>(from)) : 0;
-      from += apart;
-    }
-    words[kEach] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    own.in_row(row_exists).template read_each<kEach, kWarps>(parts, at, steps.apart);
+    more.in_row(row_exists).read(parts[kEach], more_at, 0);
     at += steps.next;
     more_at += steps.next;
   }
 
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    unsigned words[kEach + 1];
+    join(parts, words);
     put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kEach + 1], unsigned char* to) {
-      if (kPack == 2 && steps.odd)
+      if (kPack == 2 && !kHalves && steps.odd)
         put<kPack - 1>(staged, to, warp);
       else
         put<0>(staged, to, warp);
@@ -471,17 +575,18 @@ struct ThreeTapRows {
       for (int i = 0; i < kEach; ++i) {
         unsigned char* row = (i * kWarps & 4 ? odd_row : even) + i * kWarps * kSwizzledRow + tap * kTapBytes;
         unsigned word = (kOdd + tap) % kPack ? straddling[i] : whole[i];
-        if (i < kEach - 1 || has_last) *reinterpret_cast<unsigned*>(row) = word;
+        if (i < kEach - 1 || has_last) *reinterpret_cast<unsigned*>(row) = end.cut(word, to);
       }
     }
     __syncwarp();
+    int later = more_place % kMore, more_to = more_place - later;
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
       int distance = (kOdd + tap) / kPack;
       bool straddles = (kOdd + tap) % kPack != 0;
       if (later <= distance && (straddles || later > 0))
-        *reinterpret_cast<unsigned*>(tile + more_place + tap * kTapBytes - distance * 4) =
-            straddles ? straddling[kEach] : whole[kEach];
+        *reinterpret_cast<unsigned*>(tile + more_to + tap * kTapBytes - distance * 4) =
+            end.cut(straddles ? straddling[kEach] : whole[kEach], kWarp - 1 + later - distance);
     }
   }
 };
@@ -490,52 +595,55 @@ struct ThreeTapRows {
 // of each channel, which the first two taps take, and the next taps take the next lane's. Of 16-bit values, a word of
 // pixels is made of halves of two neighbouring such words. What the last lane needs of the next one, `more`, lanes have
 // for each channel, kMore of them.
-template <class T, bool kSplit, int kRows, int kWarps, int kTaps>
+template <RowKind kKind, class T, bool kSplit, int kRows, int kWarps, int kTaps>
 struct TapStride2Rows {
   static constexpr int kPack = WordOfPixels<T>::kPack, kChannels = kRows / kTaps;
   static constexpr int kEach = int(ceil_div(kChannels, kWarps)), kTapBytes = kChannels * kSwizzledRow;
   static constexpr int kSeen = kPack == 2 ? kTaps / 2 + 2 : kTaps, kMore = kSeen - 2;  // words, by a lane's taps
   static constexpr int kWords = 2 * kEach + (kMore > 0);
   static_assert(kWarps % 4 == 0, "a warp's channels have one swizzle, or two that differ in its highest bit");
+  static constexpr bool kHalves = kKind == kAnyRows && kPack == 2;
   static_assert(kTaps >= 2 && kMore <= 2 && kEach * kMore <= kWarp, "a lane's words and the next lane's suffice");
-  unsigned words[kWords];  // the last: of `more`
+  using Words = LaneWords<T, kHalves>;
+  unsigned parts[kWords][Words::kParts];  // the last: of `more`
   uint64 at, more_at;
-  int left[2];  // channels of which the lane's words exist, from the warp's first on
-  bool more_exists;
+  Words own[2], more;  // `more`: one channel or none
+  StripEnd<kKind, kPack> end;
 
   __device__ void begin(const TileRows<T>& rows, int image_row, const Strip2d<32 * kPack>& strip, int warp) {
     constexpr int kLanes = kMore > 0 ? kMore : 1;  // of `more`, for a channel
     int lane = opaque(int(threadIdx.x)) % kWarp, first = opaque(warp), channel = first + lane / kLanes * kWarps;
-    int column = strip.column[0] - rows.odd, beyond = (2 * kWarp + lane % kLanes) * kPack;
+    int odd = kHalves ? 0 : rows.odd, column = strip.column[0] - odd, beyond = (2 * kWarp + lane % kLanes) * kPack;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) left[k] = rows.exists(column + (lane * 2 + k) * kPack) ? rows.channels - first : 0;
-    more_exists = lane < kEach * kMore && channel < rows.channels && rows.exists(column + beyond);
-    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - rows.odd);
+    for (int k = 0; k < 2; ++k) own[k].find(rows, column + (lane * 2 + k) * kPack, rows.channels - first);
+    more.find(rows, column + beyond, lane < kEach * kMore && channel < rows.channels);
+    const T* start = rows.base + image_row * rows.row_stride + (strip.offset[0] - odd);
     at = reinterpret_cast<uint64>(start + first * rows.channel_stride + lane * 2 * kPack);
     more_at = reinterpret_cast<uint64>(start + channel * rows.channel_stride + beyond);
+    end.find(strip);
   }
 
   __device__ void load(const TileRows<T>&, int image_row, const Strip2d<32 * kPack>&, int, const RowSteps& steps) {
     bool row_exists = unsigned(image_row) < unsigned(steps.height);
-    int channels[2] = {row_exists ? left[0] : 0, row_exists ? left[1] : 0};
+    Words here[2] = {own[0].in_row(row_exists), own[1].in_row(row_exists)};
     uint64 from = at;
     int64 apart = opaque(steps.apart);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
-        words[2 * i + k] = i * kWarps < channels[k] ? read_only(reinterpret_cast<const unsigned*>(from) + k) : 0;
+      for (int k = 0; k < 2; ++k) here[k].read(parts[2 * i + k], from + k * sizeof(unsigned), i * kWarps);
       from += apart;
     }
-    if constexpr (kMore > 0)
-      words[kWords - 1] = row_exists && more_exists ? read_only(reinterpret_cast<const unsigned*>(more_at)) : 0;
+    if constexpr (kMore > 0) more.in_row(row_exists).read(parts[kWords - 1], more_at, 0);
     at += steps.next;
     more_at += steps.next;
   }
 
   __device__ void store(const TileRows<T>&, unsigned char* tile, int warp, const RowSteps& steps) const {
+    unsigned words[kWords];
+    join(parts, words);
     put_parts<T, kSplit, kRows>(words, tile, [&](const unsigned (&staged)[kWords], unsigned char* to) {
-      if (kPack == 2 && steps.odd)
+      if (kPack == 2 && !kHalves && steps.odd)
         put<kPack - 1>(staged, to, warp);
       else
         put<0>(staged, to, warp);
@@ -568,7 +676,7 @@ struct TapStride2Rows {
         int first = (tap + kOdd) / kPack;  // word of the lane, or half of which it takes with the half of the next
         unsigned word = seen[i][first];
         if constexpr (kPack == 2) word = __byte_perm(word, seen[i][first + 1], (tap + kOdd) % 2 ? 0x7632 : 0x5410);
-        *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = word;
+        *reinterpret_cast<unsigned*>(row + tap * kTapBytes) = end.cut(word, lane);
       }
     }
   }
@@ -626,7 +734,6 @@ struct LineRequests {
   static constexpr int kAhead = 2, kInputThreads = 2 * kRows, kPixels = kWarp * WordOfPixels<T>::kPack;
   static_assert(kInputThreads % kWarp == 0 && kThreads >= kInputThreads + 64 * kGradOutputLines, "a thread for each");
   uint64 line;
-  bool exists;
 
   __device__ static bool for_input() { return int(threadIdx.x) < kInputThreads; }
 
@@ -639,7 +746,7 @@ struct LineRequests {
     int first = strip[of_y].column[0], length = of_y ? (kPixels - 1) * y.column_step + 2 : kPixels - 1;
     int column = minimum_of(first + length * (index % lines) / (lines - 1), rows.width - 1);
     if (column < 0) column = 0;
-    exists = channel < rows.channels;
+    channel = minimum_of(channel, rows.channels - 1);  // those that there are not ask for the last one's, too
     const T* at = rows.channel_at(0, channel, of_y ? out_row : row) + strip[of_y].offset[0] + (column - first);
     line = reinterpret_cast<uint64>(at) + kAhead * (of_y ? steps[1].next : steps[0].next);
   }
@@ -649,7 +756,7 @@ struct LineRequests {
                        const int (&left)[2], const RowSteps (&steps)[2]) {
     int row = out_row + (kAhead - 1) * steps[1].rows;
     bool follows = for_input() ? left[0] >= kAhead : left[1] >= kAhead && unsigned(row) < unsigned(steps[1].height);
-    if (exists && follows) prefetch_line(reinterpret_cast<const void*>(line));
+    if (follows) prefetch_line(reinterpret_cast<const void*>(line));
     line += for_input() ? steps[0].next : steps[1].next;
   }
 };
@@ -668,22 +775,39 @@ struct Sharing {
 struct AlongPixels : Sharing<PixelRows, PixelRows, ChannelRequests> {};
 struct AlongChannels : Sharing<ChannelRows, ChannelRows, PixelRequests> {};
 struct AlongWindows : Sharing<WordRows, WindowRows, ChannelRequests> {};
-struct AlongThreeTaps : Sharing<UnitRows, ThreeTapRows, ChannelRequests> {
+
+// How rows of x are staged beside those of gy by all taps at once.
+template <RowKind kKind, class T, bool kSplit, int kRows, int kWarps>
+struct InputOf {
+  using type = UnitRows<T, kSplit, kRows, kWarps>;
+};
+template <class T, bool kSplit, int kRows, int kWarps>
+struct InputOf<kAnyRows, T, kSplit, kRows, kWarps> {
+  using type = LaneRows<T, kSplit, kRows, kWarps>;
+};
+
+template <RowKind kKind>
+struct AlongThreeTaps {
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using Input = typename InputOf<kKind, T, kSplit, kRows, kWarps>::type;
+  template <class T, bool kSplit, int kRows, int kWarps>
+  using GradOutput = ThreeTapRows<kKind, T, kSplit, kRows, kWarps>;
   template <class T, int kRows, int kThreads>
   using Requests = LineRequests<2, T, kRows, kThreads>;
 };
+
 // With three taps there are threads enough for a line each.
 template <int kTaps, class T, int kRows, int kThreads>
 struct TapStride2Requests : Requests<ChannelRequests, T, kRows, kThreads> {};
 template <class T, int kRows, int kThreads>
 struct TapStride2Requests<3, T, kRows, kThreads> : LineRequests<4, T, kRows, kThreads> {};
 
-template <int kTaps>
+template <RowKind kKind, int kTaps>
 struct AlongTapsStride2 {
   template <class T, bool kSplit, int kRows, int kWarps>
-  using Input = UnitRows<T, kSplit, kRows, kWarps>;
+  using Input = typename InputOf<kKind, T, kSplit, kRows, kWarps>::type;
   template <class T, bool kSplit, int kRows, int kWarps>
-  using GradOutput = TapStride2Rows<T, kSplit, kRows, kWarps, kTaps>;
+  using GradOutput = TapStride2Rows<kKind, T, kSplit, kRows, kWarps, kTaps>;
   template <class T, int kRows, int kThreads>
   using Requests = TapStride2Requests<kTaps, T, kRows, kThreads>;
 };

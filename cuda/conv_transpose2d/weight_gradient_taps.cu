@@ -4,11 +4,12 @@
 // A product of matrices whose depth is pixels. Both operands are staged in shared memory with the pixels of a strip
 // along their rows: x once, gy once for every column tap kw of the block (displaced, so that no operand begins in the
 // middle of a word, whatever stride and dilation). The strip's 32 words are neighbours in the row of all images side by
-// side, so narrow images waste nothing. A block walks down the strip. In each step it stages a row of x and the row of
-// gy that belongs to it at the block's first row tap; the row taps kh, kh + 1, ... are the same row of gy with earlier
-// rows of x, which a ring keeps. With stride s and dilation d, and g their greatest common divisor, those are the taps
-// (s / g) apart, and rows of x (d / g) apart: the remainders modulo d / g are walked one after the other, the
-// remainders of the taps modulo s / g are blocks of their own. So both tensors are read about once from memory.
+// side, so narrow images waste nothing; where a strip must lie in one image, its last one may end early. A block walks
+// down the strip. In each step it stages a row of x and the row of gy that belongs to it at the block's first row tap;
+// the row taps kh, kh + 1, ... are the same row of gy with earlier rows of x, which a ring keeps. With stride s and
+// dilation d, and g their greatest common divisor, those are the taps (s / g) apart, and rows of x (d / g) apart: the
+// remainders modulo d / g are walked one after the other, the remainders of the taps modulo s / g are blocks of their
+// own. So both tensors are read about once from memory.
 //
 // A block has kWarpgroups warpgroups, each with the products of 64 channels of x and kColumns pairs of a column tap and
 // a channel of gy: kSpread of them take different channels of x, the others different row taps. All threads load step i
@@ -34,10 +35,12 @@ struct WeightGradientTapsParams {
   int64 in_strides[4];
   int64 out_strides[4];
   int64 next[2], apart[2];  // in bytes, of x and of gy; see RowSteps
-  int64 row_pixels;         // batch * in width: the row of all images side by side
+  int64 row_pixels;         // batch * strip_width: the row of all images side by side
   int64 slices, units, slice_units;
   int in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
   int groups, rows, columns;
+  int strip_width;                        // of an image in that row: its width, or where strips must not straddle
+                                          // images, what strips it takes
   int tap_step, row_step;                 // stride / g, dilation / g along the height
   int classes, chunks, chunk_rows;        // rows of x: classes modulo row_step, each in chunks
   int row_tiles, column_tiles;            // tiles of channels
@@ -134,9 +137,9 @@ struct WeightGradientTaps {
   __device__ static void write_strip(Strip2d<kPixels> (&strip)[2], int64 number, const Params& p) {
     int pixel = threadIdx.x;
     if (pixel >= kPixels) return;
-    int64 index = number * kPixels + pixel, image = quotient(index, p.in_size[1]);
-    int column = int(index - image * p.in_size[1]), out_column = column * p.stride[1] - p.padding[1];
-    bool exists = index < p.row_pixels;
+    int64 index = number * kPixels + pixel, image = quotient(index, p.strip_width);
+    int column = int(index - image * p.strip_width), out_column = column * p.stride[1] - p.padding[1];
+    bool exists = index < p.row_pixels && column < p.in_size[1];
     strip[0].column[pixel] = exists ? column : kNowhere;
     strip[0].offset[pixel] = image * p.in_strides[0] + column * p.in_strides[3];
     strip[1].column[pixel] = exists ? out_column : kNowhere;

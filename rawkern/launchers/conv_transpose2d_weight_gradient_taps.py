@@ -32,6 +32,7 @@ _PARAMS = runtime.params(
     ("groups", "i4"),
     ("rows", "i4"),
     ("columns", "i4"),
+    ("strip_width", "i4"),
     ("tap_step", "i4"),
     ("row_step", "i4"),
     ("classes", "i4"),
@@ -120,10 +121,21 @@ class Block:
 _SHAPES = ((3, 192, 1), (3, 96, 1), (3, 48, 1), (2, 256, 1), (2, 128, 1), (2, 64, 1), (2, 256, 2), (2, 128, 2))
 #: How threads share out what is staged; see weight_gradient_staging.cuh.
 PIXELS, CHANNELS, WINDOWS = "AlongPixels", "AlongChannels", "AlongWindows"
-#: For kernels of some widths, by (width, stride).
-ALL_TAPS = {(3, 1): "AlongThreeTaps", **{(width, 2): f"AlongTapsStride2<{width}>" for width in (2, 3, 4)}}
-_WIDTHS = {share: width for (width, _), share in ALL_TAPS.items()}
-#: Rows of x that a lane has in UnitRows lie so far apart.
+#: For kernels of some widths, by (width, stride): where rows are whole, and for any rows.
+ALL_TAPS = {
+    (3, 1): "AlongThreeTaps<kWholeRows>",
+    **{(width, 2): f"AlongTapsStride2<kWholeRows, {width}>" for width in (2, 3, 4)},
+}
+ANY_ROWS = {
+    (3, 1): "AlongThreeTaps<kAnyRows>",
+    **{(width, 2): f"AlongTapsStride2<kAnyRows, {width}>" for width in (3, 4)},
+}
+_WIDTHS = {share: width for shares in (ALL_TAPS, ANY_ROWS) for (width, _), share in shares.items()}
+#: Any rows are staged so where their strips are no longer than this, times the rows: a step takes two thirds of what it
+#: takes along pixels, where rows of all images share strips, or 16-bit values half.
+_MOST_WASTE = {4: 1.4, 2: 1.8}
+SHARES = PIXELS, CHANNELS, WINDOWS, *_WIDTHS
+#: Rows of x that a lane has in UnitRows lie so far apart, others as far as there are warps.
 _UNIT_ROWS = 32
 
 
@@ -137,6 +149,8 @@ def blocks(itemsize, products, share):
         too_large |= {(3, 192, 1), (2, 256, 1), (2, 256, 2)} if itemsize == 4 else set(_SHAPES)
     if share == PIXELS and itemsize == 2:
         too_large |= {(3, 192, 1), (2, 256, 2)}
+    if share == ANY_ROWS[3, 2] and itemsize == 2:
+        too_large |= {(3, 192, 1)}
     if share == WINDOWS:
         too_large |= {shape for shape in _SHAPES if shape[2] > 1}  # they have one row tap, and 1 x 1 kernels no window
     if width := _WIDTHS.get(share):
@@ -151,6 +165,7 @@ class TapsPlan:
     block: Block
     tile_taps: int
     tile_channels: int
+    strip_width: int
     tap_step: int
     row_step: int
     tap_tiles: tuple
@@ -185,17 +200,31 @@ def share_of(geometry, input, grad_output):
     arrays = tuple(zip((input, grad_output), strides, strict=True))
     if all(step[1] == 1 and _whole_words(array, step, 1) for array, step in arrays):
         return CHANNELS
-    pixels = _ROW_BYTES // input.itemsize
-    whole_words = input.itemsize == 4 or geometry.output_size[1] % 2 == 0
-    whole_strips = whole_words and geometry.input_size[1] % pixels == 0
-    if not (whole_strips and all(step[3] == 1 and _whole_words(array, step, 3) for array, step in arrays)):
+    if not all(step[3] == 1 for step in strides):
         return PIXELS
-    all_taps = ALL_TAPS.get((geometry.kernel[1], geometry.stride[1]))
-    if all_taps and geometry.dilation[1] == 1 and _whole_units(input, strides[0]):
-        return all_taps
-    if geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW:
-        return WINDOWS
-    return PIXELS
+    whole = _whole_rows(geometry, arrays)
+    taps = (geometry.kernel[1], geometry.stride[1]) if geometry.dilation[1] == 1 else None
+    if taps in ALL_TAPS and whole and _whole_units(input, strides[0]):
+        return ALL_TAPS[taps]
+    longest = _MOST_WASTE[input.itemsize] * geometry.input_size[1]
+    if taps in ANY_ROWS and _strip_width(geometry, input.itemsize) <= longest:
+        return ANY_ROWS[taps]
+    is_window = geometry.stride[1] == 1 and geometry.kernel[1] > 1 and geometry.dilation[1] <= _WINDOW
+    return WINDOWS if whole and is_window else PIXELS
+
+
+def _whole_rows(geometry, arrays):
+    """Whether rows of x are whole strips, and 16-bit pixels of both arrays lie in words."""
+    input = arrays[0][0]
+    whole_words = input.itemsize == 4 or geometry.output_size[1] % 2 == 0
+    whole_strips = _strip_width(geometry, input.itemsize) == geometry.input_size[1]
+    return whole_words and whole_strips and all(_whole_words(array, step, 3) for array, step in arrays)
+
+
+def _strip_width(geometry, itemsize):
+    """Pixels of the strips that a row of x takes."""
+    pixels = _ROW_BYTES // itemsize
+    return -(-geometry.input_size[1] // pixels) * pixels
 
 
 def _whole_units(array, strides):
@@ -220,7 +249,8 @@ def taps_plan(geometry, itemsize, products, share, multiprocessors):
         (block, taps) for block in blocks(itemsize, products, share) for taps in _tile_taps(geometry, block, share)
     ]
     block, tile_taps = min(candidates, key=lambda candidate: _cost(geometry, *candidate))
-    return _sliced(geometry, block, tile_taps, _ROW_BYTES // itemsize, multiprocessors)
+    strip_width = _strip_width(geometry, itemsize) if share in ANY_ROWS.values() else geometry.input_size[1]
+    return _sliced(geometry, block, tile_taps, strip_width, _ROW_BYTES // itemsize, multiprocessors)
 
 
 def _tile_taps(geometry, block, share):
@@ -265,7 +295,7 @@ def _cost(geometry, block, tile_taps):
     return max(products, read * _ROW_BYTES / _SHARED_BYTES, tiles * distinct * _ROW_BYTES / _L2_BYTES) + tiles * 100
 
 
-def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
+def _sliced(geometry, block, tile_taps, strip_width, pixels, multiprocessors):
     """The plan with the slices that take least time: enough to fill the device and to keep sums short.
 
     Time is counted in steps of the busiest multiprocessor. Partial sums stay within the memory for them, if need be at
@@ -273,8 +303,12 @@ def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
     """
     tap_step, *tap_tiles, row_tiles, column_tiles = _tiling(geometry, block, tile_taps)
     row_step = geometry.dilation[0] // math.gcd(geometry.stride[0], geometry.dilation[0])
-    height, width = geometry.input_size
-    strips, classes, class_rows = -(-geometry.batch * width // pixels), min(row_step, height), -(-height // row_step)
+    height = geometry.input_size[0]
+    strips, classes, class_rows = (
+        -(-geometry.batch * strip_width // pixels),
+        min(row_step, height),
+        -(-height // row_step),
+    )
     tiles = math.prod(tap_tiles) * row_tiles * column_tiles * geometry.groups
     capacity = multiprocessors * block.resident
     affordable = max(1, _PARTIAL_BYTES // (4 * math.prod(geometry.weight_shape)))
@@ -298,6 +332,7 @@ def _sliced(geometry, block, tile_taps, pixels, multiprocessors):
         block=block,
         tile_taps=tile_taps,
         tile_channels=block.columns // tile_taps,
+        strip_width=strip_width,
         tap_step=tap_step,
         row_step=row_step,
         tap_tiles=tuple(tap_tiles),
@@ -316,7 +351,8 @@ def launch(queue, input, grad_output, geometry, plan, share, partial):
     """Writes the partial sums (slices, weights) of float32 that `plan` says."""
     strides = element_strides(input), element_strides(grad_output)
     step_rows = plan.row_step, plan.row_step * geometry.stride[0]
-    lane_rows = _UNIT_ROWS, plan.block.threads // 32
+    warps = plan.block.threads // 32
+    lane_rows = _UNIT_ROWS if share in ALL_TAPS.values() else warps, warps
     _kernel(input.dtype, plan.block, share).launch(
         queue,
         plan.tiles * geometry.groups * plan.slices,
@@ -327,7 +363,7 @@ def launch(queue, input, grad_output, geometry, plan, share, partial):
         out_strides=strides[1],
         next=[input.itemsize * rows * stride[2] for rows, stride in zip(step_rows, strides, strict=True)],
         apart=[input.itemsize * rows * stride[1] for rows, stride in zip(lane_rows, strides, strict=True)],
-        row_pixels=geometry.batch * geometry.input_size[1],
+        row_pixels=geometry.batch * plan.strip_width,
         slices=plan.slices,
         units=plan.units,
         slice_units=plan.slice_units,
@@ -340,6 +376,7 @@ def launch(queue, input, grad_output, geometry, plan, share, partial):
         groups=geometry.groups,
         rows=geometry.in_channels // geometry.groups,
         columns=geometry.out_channels // geometry.groups,
+        strip_width=plan.strip_width,
         tap_step=plan.tap_step,
         row_step=plan.row_step,
         classes=plan.classes,
@@ -369,6 +406,6 @@ def _kernel(dtype, block, share):
 def kernels():
     """Every instantiation, for the tests that compile them all."""
     for dtype, products in itertools.product(DTYPES, (WARP, WARPGROUP, SPLIT)):
-        for share in (PIXELS, CHANNELS, WINDOWS, *ALL_TAPS.values()):
+        for share in SHARES:
             for block in blocks(dtype.itemsize, products, share):
                 yield _kernel(dtype, block, share)
