@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import ceilings, compare, devices, peers, plots, problems, runner
+from . import ahead, ceilings, compare, devices, peers, plots, problems, runner
 from .report import PEERS, Report, ceilings_table, result_tables
 
 _DESCRIPTION = """\
@@ -78,11 +78,12 @@ def _parser():
         "the convolution alone, and the eager ones for the forward passes of the rest",
     )
     add("--train", action="store_true", help="time forward+backward steps through torch, too")
-    add("--seconds", type=float, default=0.15, help="timing budget of a row (default: %(default)s)")
+    add("--seconds", type=float, default=0.1, help="timing budget of a row (default: %(default)s)")
     add(
         "--minutes",
         type=float,
-        help="time limit; compiled peers come last and may not fit in (default: 1 for the models alone, otherwise 7.5)",
+        help="time limit; rows come before peers, of which the compiled ones come last and may not fit in "
+        "(default: 1 for the models alone, otherwise 7.5)",
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu is the emulator (default: the GPU)")
     add("--quick", action="store_true", help="tiny problems, to see that everything works")
@@ -111,8 +112,9 @@ class _Run:
         stamp = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         stamp |= self.device.stamp() | devices.versions(self.options.commit)
         with self._progress() as progress:
-            task = progress.add_task("ceilings", total=len(self.jobs))
+            task = progress.add_task("kernels", total=len(self.jobs))
             try:
+                self._compile(lambda text: progress.update(task, description=text))
                 self.context.ceilings = ceilings.measure(
                     self.device, lambda what: progress.update(task, description=f"ceilings: {what}")
                 )
@@ -128,6 +130,12 @@ class _Run:
             self.console.print("stopped; the results so far are above")
         return status or (1 if any(row.problems for row in self.report.rows) else 0)
 
+    def _compile(self, say):
+        if self.device.kind == "cuda":
+            jobs = [job[:4] for job in self.jobs]
+            capability, multiprocessors = self.device.compute_capability, self.device.multiprocessors
+            ahead.compile_all(jobs, capability, multiprocessors, lambda done, known: say(f"kernels: {done} of {known}"))
+
     def _progress(self):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         return Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
@@ -135,9 +143,10 @@ class _Run:
     def _rows(self, progress, task):
         """All rows with the peers that need no compiler; then the compiled peers, the most wanted first."""
         rows = []
-        for job in self.jobs:
+        for number, job in enumerate(self.jobs, 1):
             if self.context.seconds_left() < 0:
                 break
+            self.context.rows_left = len(self.jobs) - number
             operation, problem, direction, mode, names = job
             progress.update(task, description=f"{problem.full_name} {direction} {mode}")
             self.context.peers = [name for name in names if name in peers.EAGER]
@@ -149,6 +158,7 @@ class _Run:
             rows.append((job, row))
             progress.advance(task)
             self._save()
+        self.context.rows_left = 0
         for (operation, problem, direction, mode, names), row in sorted(rows, key=lambda pair: _urgency(pair[0])):
             compiled = [name for name in names if name in peers.COMPILED]
             if compiled and direction in ("forward", "train"):

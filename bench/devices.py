@@ -72,6 +72,7 @@ class Gpu:
         self._runtime = cupy.cuda.runtime
         self.l2_bytes = self._device.attributes["L2CacheSize"]
         self.multiprocessors = self._device.attributes["MultiProcessorCount"]
+        self.compute_capability = self._device.compute_capability
 
     @property
     def name(self):
@@ -108,7 +109,7 @@ class Gpu:
             "device": self.name,
             "driver": _driver_version(),
             "cuda": f"{version // 1000}.{version % 1000 // 10}",
-            "compute_capability": self._device.compute_capability,
+            "compute_capability": self.compute_capability,
             "multiprocessors": self.multiprocessors,
             "l2_bytes": self.l2_bytes,
         }

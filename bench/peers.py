@@ -178,7 +178,7 @@ def time_peer(name, trial, context):
     """Times one peer on a Trial; never raises for what goes wrong in PyTorch, but says so in the Peer's note."""
     import torch
 
-    if context.seconds_left() < COMPILATIONS.expected(name) * 1.2:
+    if context.seconds_for_peers() < COMPILATIONS.expected(name) * 1.2:
         return Peer(note="no time left")
     benchmark = torch.backends.cudnn.benchmark
     try:

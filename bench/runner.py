@@ -1,6 +1,7 @@
 """One row: a problem in one direction and mode, measured and checked; and its peers."""
 
 import random
+import statistics
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Context:
         row_seconds: for timing one row, apart from preparations and checks; peers get half.
         peers: names of peers, or () for none.
         deadline: time.monotonic() by which the run should end; peers that would not make it are left out.
+        rows_left: rows that are still to come, which are more important than peers.
+        own_seconds: what each row took without its peers.
     """
 
     device: object
@@ -36,9 +39,16 @@ class Context:
     peers: tuple = ()
     deadline: float = float("inf")
     pick: random.Random = field(default_factory=random.Random)
+    rows_left: int = 0
+    own_seconds: list = field(default_factory=list)
 
     def seconds_left(self):
         return self.deadline - time.monotonic()
+
+    def seconds_for_peers(self):
+        """What is left when all rows that are still to come have been measured, by what the others took."""
+        each = statistics.fmean(self.own_seconds) if self.own_seconds else 0.0
+        return self.seconds_left() - self.rows_left * each
 
     def budget(self):
         """Less for each row when time runs out."""
@@ -83,6 +93,7 @@ def run_row(context, operation, problem, direction, mode):
 
 def _measure_launcher(context, operation, problem, direction, mode, cost, row):
     device, (dtype, precision) = context.device, MODES[mode]
+    begin = time.monotonic()
 
     def launch(arrays, out=None):
         return operation.call(problem, direction, arrays, precision, out)
@@ -116,6 +127,7 @@ def _measure_launcher(context, operation, problem, direction, mode, cost, row):
         row.error, row.allowed_error = accuracy.error, accuracy.allowed
     row.precision = read_precision(operation, mode, row)
     check_floor(row)
+    context.own_seconds.append(time.monotonic() - begin)
     if context.peers:
         _time_peers(context, operation, problem, direction, mode, sets, row)
 
@@ -226,6 +238,7 @@ def _training_data(context, operation, problem, mode, row):
 
 def _measure_training(context, operation, problem, mode, row):
     device, precision = context.device, MODES[mode][1]
+    begin = time.monotonic()
     arrays, grads = _training_data(context, operation, problem, mode, row)
 
     def ours(**tensors):
@@ -241,6 +254,7 @@ def _measure_training(context, operation, problem, mode, row):
     row.samples, row.calls = timing.samples, timing.calls
     row.precision = mode if operation.has_precision else mode.partition("/")[0]
     check_floor(row)
+    context.own_seconds.append(time.monotonic() - begin)
     if context.peers:
         _train_peers(context, operation, problem, mode, (arrays, grads), row)
 

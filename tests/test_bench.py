@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ if str(ROOT) not in sys.path:  # the benchmarks are run from a checkout and are 
     sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402
-from bench import ceilings, compare, convolutions, data, guards, oracle, problems, runner, timing, windows  # noqa: E402
+from bench import ahead, ceilings, compare, convolutions, data, guards, oracle, problems, runner, timing, windows  # noqa: E402
 from bench.bench_conv_transpose2d import ConvTranspose2d  # noqa: E402
 from bench.bench_gelu import GELU  # noqa: E402
 from bench.convolutions import Convolution  # noqa: E402
@@ -463,6 +464,17 @@ def test_a_kernel_that_fails_does_not_end_the_run(capsys):
     assert any("no such kernel" in problem for problem in judged(Broken()).problems)
 
 
+@pytest.mark.parametrize("rows_left, measured", [(3, True), (300, False)])
+def test_rows_come_before_peers(rows_left, measured):
+    """Where the time left is needed for rows that are still to come, a row has no peers."""
+    run, operation = context(), GELU()
+    run.deadline, run.peers, run.rows_left, run.own_seconds = time.monotonic() + 60, ("eager",), rows_left, [3.0]
+    problem = next(p for p in operation.problems if p.name == "quick")
+    row = runner.run_row(run, operation, problem, "forward", "float32/ieee")
+    assert row.median and not row.problems
+    assert (row.peers["eager"].median is not None) == measured and len(run.own_seconds) == 2
+
+
 def test_sets_rotate_and_differ():
     specification = {"x": data.Input((100,))}
     sets = data.Sets(Cpu(), specification, "float32", 0, bytes_per_set=800, enough_bytes=8000, most_bytes=1 << 20)
@@ -574,6 +586,19 @@ def test_peers_and_training_steps(tmp_path, capsys):
     assert {row.direction for row in report.rows} >= {"forward", "backward", "train", "input_gradient"}
     assert all(row.ratio for row in report.rows)
     assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("direction", ["forward", "weight_gradient", "train"])
+def test_kernels_are_compiled_ahead(direction, tmp_path, monkeypatch):
+    """Those that a GPU of this kind would be asked for, at the size of the problem, in the cache."""
+    monkeypatch.setenv("RAWKERN_CACHE_DIR", str(tmp_path))
+    ((operation, problem),) = problems.select(["conv_transpose2d/sweep-k3-wide"])
+    kernels = ahead.compile_all([(operation, problem, direction, "float32/tf32")], "90", 132)
+    names = {kernel.name for kernel in kernels}
+    assert ("conv_transpose2d" in names) == (direction != "weight_gradient")
+    assert ("conv_transpose2d_weight_gradient_taps" in names) == (direction != "forward")
+    assert any("WarpgroupProducts" in kernel.type or "WarpgroupForward" in kernel.type for kernel in kernels)
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)
 
 
 def test_interrupting_leaves_the_results_so_far(tmp_path, monkeypatch, capsys):
