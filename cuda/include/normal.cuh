@@ -37,11 +37,6 @@ __device__ inline float normal_cumulative(float x) {
 }
 __device__ inline double normal_cumulative(double x) { return 0.5 * (1.0 + erf(x * 0.70710678118654752440)); }
 
-// The derivative of GELU is Phi(x) + x phi(x), two numbers that cancel in the negative tail: both must be right there,
-// relatively, and below the smallest normal number too. Backward passes are bound by memory and can afford it.
-__device__ inline float exact_normal_cumulative(float x) { return 0.5f * erfcf(-0.70710678118654752440f * x); }
-__device__ inline double exact_normal_cumulative(double x) { return normal_cumulative(x); }
-
 // Phi(x) for results that are rounded to 16 bits: as above with a polynomial of degree 6. It minimises the largest
 // relative error of Phi(-u) over 0 <= u <= 7.5, which is 1.9e-5, a 25th of what rounding to half precision may cost;
 // beyond, where Phi(-u) is below 4e-14, the exponent falls faster than it should, as above. (torch's own 1 + erf is 0

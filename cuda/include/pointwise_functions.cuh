@@ -496,7 +496,7 @@ struct GeluErf : Function {
   template <class A, class O>
   __device__ static A first(A g, A x, const O&) {
     if constexpr (kIsBrief<O>) return g * math::brief_gelu_derivative(x);
-    return g * (math::exact_normal_cumulative(x) + x * math::normal_density(x));
+    return g * (math::normal_cumulative(x) + x * math::normal_density(x));
   }
   template <class A, class O>
   __device__ static A second(A g, A x, const O&) {
