@@ -8,7 +8,7 @@
 // Every pass over the data is a walk along rows (team_walk.cuh): memory-bound, one read of each input, one write of
 // each output, no shared memory, nothing between threads but the final sum of a team of lanes. The passes are
 //   forward    RowMoments -> GroupStatistics -> Normalize
-//   backward   RowSums<2> -> GroupMeans<2>, ChannelGradients -> GradInput
+//   backward   RowSums<2> -> GroupMeans<2>, ChannelGradients -> GradInput (-> ChannelGradients)
 //   twice      RowSums<5> -> GroupMeans<7>, SecondChannelGradients -> SecondGradients
 // Sums leave a thread's registers as double; small kernels (one team of threads per group, or per channel) combine them
 // in a fixed order. Mean and rstd stay double, and the mean is subtracted as two floats (Center), so data whose mean is
@@ -351,7 +351,8 @@ struct ChannelGradients {
 
 // grad_input = rstd * (a - D(a) - xh D(a xh)) * Pre'(input), with a = weight * g and D the mean over the group
 // (`means`); in the deviation d = Pre(input) - mean that is rstd * ((weight * g - D(a)) + slope * d), times Pre'. In
-// this order the products of 16-bit values and their difference from D(a) are exact in float.
+// this order the products of 16-bit values and their difference from D(a) are exact in float. Unless `sums` is null,
+// sums[row][slot] = (sum of grad_input, 0), from which ChannelGradients makes the gradient of a bias added to the input.
 template <class T, class Pre>
 struct GradInput {
   static constexpr int kThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -364,6 +365,7 @@ struct GradInput {
     const double* rstd;
     const void* weight;
     const Sums<2>* means;
+    Sums<2>* sums;
     Rows rows;
     Groups groups;
     typename Pre::Params chain;
@@ -374,9 +376,11 @@ struct GradInput {
     Center<A> center;
     A rstd, weight, mean_a, slope;
     T* grad_input;
+    double& total;
 
     template <class B>
     __device__ void operator()(const B& batch) {
+      Accumulator<T> sum = 0;
 #pragma unroll
       for (int load = 0; load < B::kLoads; ++load) {
         if (load >= batch.valid) continue;
@@ -388,18 +392,19 @@ struct GradInput {
           A gradient = rstd * ((weight * A(batch.get(0, load, i)) - mean_a) + slope * d);
           result.value[i] =
               from_accumulator<T>(Pre::template backward<T>(Accumulator<T>(gradient), x, operands, unused));
+          sum += to_accumulator(result.value[i]);
         }
         batch.store(grad_input, load, result);
       }
+      total += double(sum);
     }
   };
 
   __device__ static void run(const Params& p) {
     Stretch s = Stretch::of_thread<kThreads>(p.rows);
-    if (!s.exists) return;
     const T* const input[2] = {static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input)};
-    int64 group = p.groups.of(s);
-    double r = p.groups.factor(p.rows, p.rstd[group]);
+    int64 group = s.exists ? p.groups.of(s) : 0;
+    double r = p.groups.factor(p.rows, p.rstd[group]), total = 0;
     Sums<2> means = p.means[group];
     walk<64>(p.rows, s, input,
              Body{{p.chain, s.channel},
@@ -408,7 +413,11 @@ struct GradInput {
                   A(value_or<T>(p.weight, s.channel, 1)),
                   A(means.value[0]),
                   A(-r * means.value[1]),
-                  static_cast<T*>(p.grad_input)});
+                  static_cast<T*>(p.grad_input),
+                  total});
+    if (!p.sums) return;
+    total = s.team_sum(p.rows, total);
+    if (s.exists && s.place == 0) p.sums[s.row * p.rows.slots + s.slot] = Sums<2>{{total, 0}};
   }
 };
 

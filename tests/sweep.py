@@ -337,7 +337,7 @@ def sweep_group_norm():
         weight = numbers(shape[1], dtype, 2)
         mean, rstd = empty((2, shape[0], 2))
         group_norm(input, 2, weight, weight, mean=mean, rstd=rstd)
-        group_norm_backward(grad, input, mean, rstd, weight)
+        group_norm_backward(grad, input, mean, rstd, weight, grad_input_sum=numbers(shape[1], dtype))
         grads = dict(grad_grad_input=grad, grad_grad_weight=weight, grad_grad_bias=weight)
         group_norm_double_backward(grad, input, mean, rstd, weight, **grads)
         gelu_group_norm(input, 2, mean=mean, rstd=rstd)

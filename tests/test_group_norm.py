@@ -447,6 +447,44 @@ def test_arrays():
         launchers.group_norm(input, 3, mean=np.empty((2, 3), "f4"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 6, 30, 47), (3, 6, 37, 131), (2, 6, 9, 11), (0, 6, 3, 3), (2, 6, 0, 3), (2, 0, 3, 3)],
+    ids=["one slot", "many slots", "held", "no image", "no pixel", "no channel"],
+)
+def test_sums_of_the_input_gradient(device, dtype, layout, shape):
+    """The gradient of a bias added to the input: what is stored, summed, and nothing but its own memory written."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    x, grad = (tensor.to(device).contiguous(memory_format=layout) for tensor in (x, grad))
+    statistics = torch.ones(2, shape[0], 2, dtype=torch.float64, device=device)
+    weight, guarded = (torch.full((count,), 7, dtype=dtype, device=device) for count in (shape[1], shape[1] + 2))
+    arrays = [to_array(tensor) for tensor in (grad, x, *statistics, weight)]
+    sums = to_array(guarded)[1:-1]
+    alone, result = torch.empty_like(x), torch.empty_like(x)
+    launchers.group_norm_backward(*arrays, grad_input=to_array(alone))
+    needs = True, False, False
+    launchers.group_norm_backward(*arrays, needs=needs, grad_input=to_array(result), grad_input_sum=sums)
+    assert torch.equal(result, alone)
+    exact = result.double()
+    rounding = exact.abs().sum((0, 2, 3)) * (2 * torch.finfo(torch.float32).eps) if dtype != torch.float64 else 1e-9
+    error = (guarded[1:-1].double() - exact.sum((0, 2, 3)).to(dtype).double()).abs()
+    assert bool((error <= rounding + exact.sum((0, 2, 3)).abs() * torch.finfo(dtype).eps).all())
+    assert guarded[0] == guarded[-1] == 7
+
+
+def test_sums_of_a_gradient_that_is_not_wanted():
+    x, statistics = np.ones((2, 4, 3), np.float32), np.ones((2, 2))
+    with pytest.raises(ValueError, match="grad_input_sum needs grad_input"):
+        launchers.group_norm_backward(
+            x, x, statistics, statistics, needs=(False, True, True), grad_input_sum=np.ones(4, np.float32)
+        )
+    with pytest.raises(ValueError, match="grad_input_sum"):
+        launchers.group_norm_backward(x, x, statistics, statistics, grad_input_sum=np.ones(5, np.float32))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_more_than_two_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 40 << 30:

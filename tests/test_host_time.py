@@ -21,7 +21,7 @@ CALLS = {
     "pointwise": (79, 84, 111),
     "group_norm": (55, 61, 121),
     "gelu_group_norm": (56, 62, 122),
-    "conv_transpose2d_gelu_group_norm": (77, 87, 179),
+    "conv_transpose2d_gelu_group_norm": (77, 87, 188),
     "min_sum_gelu_add": (52, 66, 113),
     "conv_transpose2d_min_sum_gelu_add": (69, 83, 133),
 }

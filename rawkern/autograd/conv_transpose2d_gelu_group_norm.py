@@ -2,9 +2,11 @@
 
 import torch
 
+from ..launchers.chain import chain_from
 from ..launchers.conv_transpose2d_gelu_group_norm import (
     conv_transpose2d_gelu_group_norm as launch_conv_transpose2d_gelu_group_norm,
 )
+from ..launchers.group_norm import group_norm_backward as launch_group_norm_backward
 from ..launchers.group_norm_sizes import Sizes, check_eps
 from . import autocast
 from .conv_transpose2d import (
@@ -19,8 +21,8 @@ from .conv_transpose2d import (
 )
 from .gelu import signature_of
 from .gelu_group_norm import gelu_group_norm
-from .group_norm import group_norm_gradients, normalised, normalised_tangent
-from .operator import Operator, is_transformed, needs_gradient, release_saved
+from .group_norm import gradient_arranged, normalised, normalised_tangent
+from .operator import Operator, is_transformed, needs_gradient, refused, release_saved
 from .pointwise import composed_gradients
 
 
@@ -153,13 +155,38 @@ def _saving_gradients(ctx, grads):
         tensors = input, weight, conv_bias, norm_weight, norm_bias
         return composed_gradients(_composition(ctx.static), tensors, ctx.needs, grads[0])
     _, _, approximate, *convolution = ctx.static
-    needs, norm_needs = ctx.needs[:3], ctx.needs[3:]
-    wanted = any(needs), *norm_needs
-    chain = signature_of(approximate)
-    grad, *norm_grads = group_norm_gradients(grads[0], saved, norm_weight, statistics, chain, wanted)
-    del saved  # as large as what comes now
+    needs_input, needs_weight, *needs = ctx.needs
+    wanted = any(ctx.needs[:3]), *needs
+    tensors = grads[0], saved, norm_weight, statistics
+    grad, grad_conv_bias, *norm_grads = EPILOGUE_BACKWARD.gradients(
+        wanted, tensors, (signature_of(approximate), wanted)
+    )
+    del tensors, saved  # as large as what comes now
     release_saved(ctx)
-    return *convolution_gradients(grad, input, weight, convolution, needs), *norm_grads
+    grad_input, grad_weight, _ = convolution_gradients(
+        grad, input, weight, convolution, (needs_input, needs_weight, False)
+    )
+    return grad_input, grad_weight, grad_conv_bias, *norm_grads
+
+
+def _epilogue_backward(call, grad_output, convolved, norm_weight, statistics, functions, needs):
+    """The gradients of GELU and normalisation for the convolution's output, its bias, norm_weight and norm_bias.
+
+    The bias's is summed where that of the output, without which it is not to be had, is computed.
+    """
+    channels = convolved.shape[1:2]
+    grads = [
+        call.empty(shape, convolved, layout_of=layout) if need else None
+        for shape, layout, need in zip((convolved.shape, *[channels] * 3), (convolved, *[None] * 3), needs, strict=True)
+    ]
+    grad_convolved, grad_conv_bias, grad_norm_weight, grad_norm_bias = grads
+    call(
+        launch_group_norm_backward,
+        grad_output, convolved, *statistics, norm_weight, needs=(needs[0], *needs[2:]),
+        grad_input=grad_convolved, grad_weight=grad_norm_weight, grad_bias=grad_norm_bias,
+        grad_input_sum=grad_conv_bias, chain=chain_from(functions, ()),
+    )  # fmt: skip
+    return tuple(grad for grad in grads if grad is not None)
 
 
 def _composition(static):
@@ -206,4 +233,11 @@ SAVING = Operator(
     backward=_saving_gradients,
     jvp=_saving_tangent,
     vmap=_saving_batched,
+)
+EPILOGUE_BACKWARD = Operator(
+    "conv_transpose2d_gelu_group_norm_epilogue_backward(Tensor grad_output, Tensor convolved, Tensor? norm_weight, "
+    "Tensor statistics, str functions, bool[] needs) -> Tensor[]",
+    _epilogue_backward,
+    backward=refused("the backward pass of a fused normalisation is not differentiable by itself"),
+    arrange=gradient_arranged,
 )

@@ -164,7 +164,8 @@ def _batched(batch_size, dims, tensors, static):
     return (output.unflatten(0, (batch_size, images)), statistics.unflatten(1, (batch_size, images))), (0, 1)
 
 
-def _gradient_arranged(tensors):
+def gradient_arranged(tensors):
+    """The gradient of the result in the layout of the input, which are the first two."""
     grad_output, input, *others = tensors
     return arranged(grad_output, input), input, *others
 
@@ -256,7 +257,7 @@ GROUP_NORM_BACKWARD = Operator(
     setup_context=_backward_setup,
     backward=_backward_gradients,
     jvp=_backward_tangent,
-    arrange=_gradient_arranged,
+    arrange=gradient_arranged,
 )
 GROUP_NORM_DOUBLE_BACKWARD = Operator(
     "group_norm_double_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, "

@@ -7,7 +7,6 @@ output, applies GELU and normalises.
 from ..epilogue import GELU
 from ..runtime import check_out, queue_of
 from .chain import chain_of
-from .channel_sum import channel_sum
 from .conv_transpose2d import conv_transpose2d, input_gradient, weight_gradient, with_moments
 from .gelu_group_norm import gelu_group_norm
 from .geometry import Geometry
@@ -125,25 +124,26 @@ def conv_transpose2d_gelu_group_norm_backward(
     Returns:
         The five gradients; None for what is not needed.
     """
-    needs_convolved = any(needs[:3])
+    queue, grad_bias = queue_of(stream, grad_output=grad_output, saved=saved), outs[2] if needs[2] else None
+    if needs[2] and grad_bias is None:
+        grad_bias = queue.empty((geometry.out_channels,), saved.dtype)
     grad_convolved, grad_norm_weight, grad_norm_bias = group_norm_backward(
         grad_output,
         saved,
         mean,
         rstd,
         norm_weight,
-        needs=(needs_convolved, needs[3], needs[4]),
+        needs=(any(needs[:3]), needs[3], needs[4]),
         grad_weight=outs[3],
         grad_bias=outs[4],
+        grad_input_sum=grad_bias,
         stream=stream,
         chain=chain_of(GELU(approximate)),
     )
     options = dict(precision=precision, stream=stream)
-    grad_input = grad_weight = grad_bias = None
+    grad_input = grad_weight = None
     if needs[0]:
         grad_input = input_gradient(grad_convolved, weight, geometry, out=outs[0], **options)
     if needs[1]:
         grad_weight = weight_gradient(input, grad_convolved, geometry, out=outs[1], **options)
-    if needs[2]:
-        grad_bias = channel_sum(grad_convolved, out=outs[2], stream=stream)
     return grad_input, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..runtime import check_out, pointer, queue_of
 from .chain import IDENTITY
+from .channel_sum import channel_sum
 from .group_norm_held import HeldPlan, gradients_held, normalize_held
 from .group_norm_kernels import (
     THREADS,
@@ -93,6 +94,7 @@ def group_norm_backward(
     grad_input=None,
     grad_weight=None,
     grad_bias=None,
+    grad_input_sum=None,
     stream=None,
     chain=IDENTITY,
 ):
@@ -104,6 +106,8 @@ def group_norm_backward(
         mean, rstd: the statistics from there, float64, (N, num_groups).
         needs: which of the three gradients are wanted; the others are not computed.
         grad_input, grad_weight, grad_bias: arrays for the results.
+        grad_input_sum: array (C,) for the sums of grad_input over all but the channels, the gradient of a bias that was
+            added to the input; None if they are not wanted. grad_input must be.
 
     Returns:
         grad_input (of the layout of `input`), grad_weight, grad_bias; None for what is not needed.
@@ -116,6 +120,10 @@ def group_norm_backward(
         channel_vector(queue, sizes, array, input.dtype, name) if need else None
         for need, array, name in zip(needs[1:], (grad_weight, grad_bias), ("grad_weight", "grad_bias"), strict=True)
     )
+    if grad_input_sum is not None:
+        if not needs[0]:
+            raise ValueError("grad_input_sum needs grad_input: needs[0] is false")
+        channel_vector(queue, sizes, grad_input_sum, input.dtype, "grad_input_sum")
     grad_output = arranged(queue, grad_output, is_channels_last(input))
     weight = contiguous(queue, weight)
     held = HeldPlan.of(sizes, input, grad_output, grad_input)
@@ -123,6 +131,8 @@ def group_norm_backward(
         if any(needs):
             grads = grad_input, grad_weight, grad_bias
             gradients_held(queue, sizes, held, grad_output, input, mean, rstd, weight, chain, *grads)
+        if grad_input_sum is not None:
+            channel_sum(grad_input, out=grad_input_sum, stream=stream)
         return grad_input, grad_weight, grad_bias
     common = dict(grad_output=pointer(grad_output), input=pointer(input), mean=pointer(mean), rstd=pointer(rstd))
     common |= dict(groups=groups_of(sizes), chain=chain.pack())
@@ -135,15 +145,21 @@ def group_norm_backward(
     if needs[0] and not sizes.is_empty:
         means = _group_means(queue, sizes, rows, sums, weight, None, input.dtype, 2)
         rows = RowPlan.of(sizes, input, grad_output, grad_input)
+        input_sums = None if grad_input_sum is None else queue.empty(sums.shape, FLOAT64)
         grad_input_kernel(input.dtype, chain).launch(
             queue,
             rows.blocks,
             grad_input=pointer(grad_input),
             weight=pointer(weight),
             means=pointer(means),
+            sums=pointer(input_sums),
             rows=rows.fields,
             **common,
         )
+        if grad_input_sum is not None:
+            _channel_gradients(queue, sizes, rows, input_sums, None, grad_input_sum, input.dtype)
+    elif grad_input_sum is not None:
+        channel_sum(grad_input, out=grad_input_sum, stream=stream)
     return grad_input, grad_weight, grad_bias
 
 

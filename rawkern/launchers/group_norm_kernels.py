@@ -186,7 +186,7 @@ def channel_gradients(queue, dtype, sums, grad_weight, grad_bias, images, channe
 
 
 def grad_input_kernel(dtype, chain):
-    arrays = ("grad_output", "input", "grad_input", "mean", "rstd", "weight", "means")
+    arrays = ("grad_output", "input", "grad_input", "mean", "rstd", "weight", "means", "sums")
     return _chained_kernel("group_norm_grad_input", "GradInput", arrays, dtype, chain)
 
 
