@@ -1,11 +1,15 @@
-"""Every instantiation of every kernel compiles for every supported architecture, without a GPU, and keeps its values in
-registers: nothing spilled, no stack."""
+"""Every instantiation of every kernel compiles for every supported generation of GPUs, without a GPU, and keeps its
+values in registers: nothing spilled, no stack."""
 
+import collections
 import importlib
 import inspect
+import itertools
 import multiprocessing
+import os
 import pkgutil
 import re
+import zlib
 
 import pytest
 import sweep
@@ -14,7 +18,9 @@ import rawkern.launchers
 from rawkern import runtime
 from rawkern.runtime import emulator, nvrtc, source
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+#: By generation: Ampere and Ada, Hopper, Blackwell. Those of a generation have the same registers and nearly the same
+#: instructions, so a file's kernels take turns; RAWKERN_TEST_ARCHITECTURES=all compiles each for all, in more time.
+GENERATIONS = (("sm_80", "sm_86", "sm_89"), ("sm_90a",), ("sm_100", "sm_120"))
 MODULES = {
     info.name: importlib.import_module(f"rawkern.launchers.{info.name}")
     for info in pkgutil.iter_modules(rawkern.launchers.__path__)
@@ -34,9 +40,22 @@ def kernels():
 KERNELS = kernels()
 
 
-def architectures(kernel):
-    """Those the kernel is meant for: warpgroup instructions exist on Hopper only."""
-    return ("sm_90a",) if "Warpgroup" in kernel.type else ARCHITECTURES
+def architectures(name):
+    """Those to compile the kernel of this name for. Warpgroup instructions exist on Hopper only."""
+    if "Warpgroup" in KERNELS[name].type:
+        return ("sm_90a",)
+    if os.environ.get("RAWKERN_TEST_ARCHITECTURES") == "all":
+        return tuple(itertools.chain(*GENERATIONS))
+    return tuple(generation[TURNS[name] % len(generation)] for generation in GENERATIONS)
+
+
+def turns():
+    """{test name: its number in its file}, in an order in which element types do not take turns, too."""
+    files = collections.defaultdict(itertools.count)
+    return {name: next(files[KERNELS[name].file]) for name in sorted(KERNELS, key=lambda n: zlib.crc32(n.encode()))}
+
+
+TURNS = turns()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +69,7 @@ def compiler():
 @pytest.mark.parametrize("name", KERNELS, ids=[f"{i}-{name}"[:90] for i, name in enumerate(KERNELS)])
 def test_compiles_without_spills(name, compiler):
     problems = []
-    for arch in architectures(KERNELS[name]):
+    for arch in architectures(name):
         # Without NVRTC's cache: what comes from there has no report.
         cubin, log = compiler.apply(nvrtc.compile_cubin, (KERNELS[name], arch, ("--no-cache",)))
         properties = _PROPERTIES.findall(log)
@@ -99,6 +118,14 @@ def test_what_is_launched_is_listed(op, monkeypatch):
     listed = {without_chain(kernel) for kernel in KERNELS.values()}
     assert launched
     assert set(launched) <= listed, [launched[key] for key in set(launched) - listed]
+
+
+def test_every_file_is_compiled_for_every_architecture():
+    compiled = {(kernel.file, arch) for name, kernel in KERNELS.items() for arch in architectures(name)}
+    for file in {kernel.file for kernel in KERNELS.values()}:
+        hopper_only = all("Warpgroup" in kernel.type for kernel in KERNELS.values() if kernel.file == file)
+        expected = ("sm_90a",) if hopper_only else itertools.chain(*GENERATIONS)
+        assert {arch for name, arch in compiled if name == file} == set(expected), file
 
 
 def test_every_source_file_is_compiled():
