@@ -20,6 +20,7 @@ from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers.conv_transpose2d import weight_gradient
 from rawkern.launchers.conv_transpose2d_direct_tile_weight_gradient import TileWeightGradientPlan
+from rawkern.launchers.conv_transpose2d_direct_walk_weight_gradient import WalkWeightGradientPlan
 from rawkern.launchers.geometry import Geometry
 from rawkern.runtime import bfloat16
 from rawkern.testing import TF32_ROUNDING, compare
@@ -194,7 +195,7 @@ def test_which_problems_it_serves(dtype, channels_last):
     assert isinstance(plan_of(geometry, dtype, "ieee", channels_last), ieee)
     assert isinstance(plan_of(geometry, "float64", "tf32", channels_last), TileWeightGradientPlan)
     depthwise = Geometry.of((16, 32, 128, 128), (32, 1, 3, 3), groups=32)
-    assert isinstance(plan_of(depthwise, dtype, "tf32", channels_last), TileWeightGradientPlan)
+    assert isinstance(plan_of(depthwise, dtype, "tf32", channels_last), WalkWeightGradientPlan)
     tall = Geometry.of((16, 8, 128, 128), (8, 8, 13, 1))  # its sums do not fit into registers
     assert isinstance(plan_of(tall, dtype, "tf32", channels_last), TileWeightGradientPlan)
 

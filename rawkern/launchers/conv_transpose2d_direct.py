@@ -13,6 +13,7 @@ import numpy as np
 from .. import runtime
 from ..runtime import Kernel, cpp_type, element_strides, pointer
 from . import conv_transpose2d_direct_matrix as matrix
+from . import conv_transpose2d_direct_walk_weight_gradient as walk_gradient
 from .block_math import check_precision
 from .chain import IDENTITY, chain_of
 from .conv_transpose2d_direct_tile import (
@@ -259,7 +260,8 @@ def direct_weight_gradient_plan(geometry, dtype, precision, channels_last=False,
             plan := matrix.matrix_plan(geometry, dtype, channels_last, multiprocessors)
         ):
             return plan
-        if plan := tile_weight_gradient_plan(geometry, dtype, channels_last):
+        arguments = geometry, dtype, channels_last
+        if plan := walk_gradient.walk_weight_gradient_plan(*arguments) or tile_weight_gradient_plan(*arguments):
             return plan
     weights = math.prod(geometry.weight_shape)
     lines = geometry.batch * geometry.input_size[0]
@@ -273,6 +275,9 @@ def direct_weight_gradient_plan(geometry, dtype, precision, channels_last=False,
 def weight_gradient_partials(queue, plan, geometry, input, grad_output):
     """The partial sums of the weight gradient: [slice][group][tap][row][column], in the accumulator's dtype."""
     partial = queue.empty((plan.slices, math.prod(geometry.weight_shape)), runtime.accumulator(input.dtype))
+    if isinstance(plan, walk_gradient.WalkWeightGradientPlan):
+        walk_gradient.launch(queue, plan, geometry, input, grad_output, partial)
+        return partial
     fields = dict(
         input=pointer(input),
         grad_output=pointer(grad_output),
