@@ -18,6 +18,7 @@ from rawkern.launchers import block_math, repeat
 from rawkern.launchers import conv_transpose2d_direct as direct
 from rawkern.launchers import conv_transpose2d_direct_matrix as matrix
 from rawkern.launchers import conv_transpose2d_direct_tile as tile
+from rawkern.launchers import conv_transpose2d_direct_walk_weight_gradient as walk_gradient
 from rawkern.launchers import conv_transpose2d_warpgroup as warpgroup
 from rawkern.launchers import conv_transpose2d_weight_gradient_taps as taps
 from rawkern.launchers.chain import chain_of
@@ -195,6 +196,11 @@ def sweep_conv_transpose2d_direct():
     _sweep_convolutions(CONVOLUTIONS)
     with direct_kernels(min_products=0):
         _sweep_convolutions(tile.EXAMPLES, [dtype for dtype in DTYPES if dtype != runtime.bfloat16])
+        for dtype, case in itertools.product(map(np.dtype, ("float32", "float16")), walk_gradient.EXAMPLES):
+            geometry = Geometry.of(*case)
+            input, grad = numbers(geometry.input_shape, dtype), numbers(geometry.output_shape, dtype, 1)
+            for arrange in (contiguous, channels_last, strided):
+                weight_gradient(arrange(input), arrange(grad), geometry)
 
 
 def sweep_conv_transpose2d_direct_matrix():

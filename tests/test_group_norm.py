@@ -13,6 +13,8 @@ from torch.nn import functional
 import rawkern
 from rawkern import runtime
 from rawkern.autograd.dlpack import to_array
+from rawkern.epilogue import GELU
+from rawkern.launchers.chain import chain_of
 from rawkern.runtime import Kernel
 from rawkern.testing import assert_as_accurate_as_torch, assert_parity, forward_backward
 
@@ -451,10 +453,11 @@ def test_arrays():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(2, 6, 30, 47), (3, 6, 37, 131), (2, 6, 9, 11), (0, 6, 3, 3), (2, 6, 0, 3), (2, 0, 3, 3)],
-    ids=["one slot", "many slots", "held", "no image", "no pixel", "no channel"],
+    [(2, 6, 30, 47), (3, 6, 37, 131), (1, 3002, 1, 3), (2, 6, 9, 11), (0, 6, 3, 3), (2, 6, 0, 3), (2, 0, 3, 3)],
+    ids=["one slot", "many slots", "lanes without a row", "held", "no image", "no pixel", "no channel"],
 )
-def test_sums_of_the_input_gradient(device, dtype, layout, shape):
+@pytest.mark.parametrize("chain", [chain_of(()), chain_of(GELU())], ids=["plain", "GELU"])
+def test_sums_of_the_input_gradient(device, dtype, layout, shape, chain):
     """The gradient of a bias added to the input: what is stored, summed, and nothing but its own memory written."""
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
@@ -464,9 +467,9 @@ def test_sums_of_the_input_gradient(device, dtype, layout, shape):
     arrays = [to_array(tensor) for tensor in (grad, x, *statistics, weight)]
     sums = to_array(guarded)[1:-1]
     alone, result = torch.empty_like(x), torch.empty_like(x)
-    launchers.group_norm_backward(*arrays, grad_input=to_array(alone))
-    needs = True, False, False
-    launchers.group_norm_backward(*arrays, needs=needs, grad_input=to_array(result), grad_input_sum=sums)
+    launchers.group_norm_backward(*arrays, grad_input=to_array(alone), chain=chain)
+    options = dict(needs=(True, False, False), grad_input=to_array(result), chain=chain)
+    launchers.group_norm_backward(*arrays, grad_input_sum=sums, **options)
     assert torch.equal(result, alone)
     exact = result.double()
     rounding = exact.abs().sum((0, 2, 3)) * (2 * torch.finfo(torch.float32).eps) if dtype != torch.float64 else 1e-9

@@ -18,6 +18,7 @@
 #pragma once
 #include "direct_walk_endings.cuh"
 #include "direct_walk_source.cuh"
+#include "index_space.cuh"
 
 namespace rawkern {
 

@@ -3,7 +3,6 @@
 // are loaded, each element once per thread and through the L1 cache, where neighbouring threads find theirs.
 #pragma once
 #include "element.cuh"
-#include "index_space.cuh"
 #include "opaque.cuh"
 #include "quotient.cuh"
 #include "tile_axis.cuh"

@@ -1,4 +1,4 @@
-// Weight gradient where a group has one channel of gy and few of x (depthwise convolutions above all): what
+// Weight gradient of depthwise convolutions, each group of which has one channel of x and one of gy: what
 // direct_weight_gradient.cu's kernel for all shapes computes, without shared memory, compiled for one kernel size,
 // stride and dilation.
 //
@@ -8,7 +8,7 @@
 // is loaded once, each of gy once per thread, neighbours through the L1 cache. The lanes of a warp have neighbouring
 // strips of one channel, along the columns first, then the height, then the images, and are combined in a tree; in
 // channels-last memory (kChannelsLast) they have one strip of neighbouring channels. A warp takes `slice_strips` strips
-// of a channel, few, so that no sum is long; the slices' sums are added in order by SumSlices.
+// of a channel; the slices' sums are added in order by SumSlices.
 //
 // What is outside of either tensor counts as zero, which is wrong where the other factor is infinite or NaN, and costs
 // nothing where it is not: then a sum is NaN in the end, and the thread does all its strips again, a pixel at a time,
@@ -18,6 +18,7 @@
 #pragma once
 #include "direct_walk_source.cuh"
 #include "endings.cuh"
+#include "index_space.cuh"
 
 namespace rawkern {
 

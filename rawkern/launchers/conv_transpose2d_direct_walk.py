@@ -44,7 +44,7 @@ _REGISTERS, _MOST_REGISTERS = 88, 128
 #: Multiply-adds that are unrolled.
 _UNROLLED = 1024
 #: Steps of a thread, so that finding its place is soon paid for; and threads from which on there are enough for that.
-_STEPS = 32
+STEPS = 32
 _THREADS_WANTED = 1 << 19
 
 
@@ -119,7 +119,7 @@ def walk_plan(geometry, dtype, transposed, channels_last):
     units = -(-size[1] // columns)
     walk = -(-(size[0] + lead_h) // pixels)
     threads = geometry.batch * geometry.groups * rows * units
-    steps = max(1, min(_STEPS, walk, threads * walk // _THREADS_WANTED))
+    steps = max(1, min(STEPS, walk, threads * walk // _THREADS_WANTED))
     return DirectWalkPlan(
         transposed=transposed,
         dtype=dtype,

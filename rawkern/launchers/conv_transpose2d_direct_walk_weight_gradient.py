@@ -1,13 +1,16 @@
 """The weight gradient of depthwise convolutions: plan and kernels of direct_walk_weight_gradient.cuh."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import runtime
 from ..runtime import Kernel, accumulator, bfloat16, element_strides, pointer
-from .conv_transpose2d_direct_tile import EXAMPLES
-from .conv_transpose2d_direct_walk import THREADS, DirectWalkPlan, walk_plan
+from .conv_transpose2d_direct_tile import EXAMPLES as TILE_EXAMPLES
+from .conv_transpose2d_direct_walk import STEPS, THREADS, DirectWalkPlan, walk_plan
 from .geometry import Geometry
 
 _PARAMS = runtime.params(
@@ -29,12 +32,21 @@ _PARAMS = runtime.params(
     ("unused", "i4"),
 )
 
-#: Products of a thread in one sum that are enough, if there are as many warps as this without more.
-_SLICE_PRODUCTS, _WARPS_WANTED = 512, 1 << 13
+#: Warps that a launch should have, and products of a thread in one sum that are enough where there are more.
+_WARPS_WANTED, _SLICE_PRODUCTS = 1 << 13, 512
 #: In channels-last memory lanes have a channel each: so many of a warp's, on average, must have one.
 _FEWEST_LANES = 16
-#: The most slices, and memory that their sums may take, in bytes.
-_SLICES, _PARTIAL_BYTES = 1024, 1 << 26
+#: The most slices, which few threads add up, and the memory that their sums may take, in bytes.
+_SLICES, _PARTIAL_BYTES = 2048, 1 << 28
+
+#: As those of the other direct kernels, depthwise, with channels enough for both orders of memory.
+EXAMPLES = (
+    ((2, 37, 9, 35), (37, 1, 3, 3), 1, 1, 0, 37, 1),
+    ((1, 34, 7, 9), (34, 1, 7, 7), 2, 3, 1, 34, 1),
+    ((2, 19, 5, 12), (19, 1, 6, 6), 3, 1, 0, 19, 1),
+    ((1, 16, 12, 20), (16, 1, 4, 4), 2, 1, 0, 16, 1),
+    ((2, 17, 13, 10), (17, 1, 3, 2), (4, 6), 0, 0, 17, (6, 4)),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class WalkWeightGradientPlan:
     """How a kernel compiled for one shape computes a depthwise convolution's weight gradient.
 
     Attributes:
-        walk: how the input gradient of the same convolution walks.
+        walk: as the input gradient of the same convolution walks, but for its blocks and steps.
         strips: of one channel, in all images; slice_strips: of a slice of them.
     """
 
@@ -70,6 +82,8 @@ def walk_weight_gradient_plan(geometry, dtype, channels_last):
     walk = walk_plan(geometry, dtype, False, channels_last)
     if walk is None or walk.rows > 1 or (channels_last and walk.groups < _FEWEST_LANES * _warps(walk)):
         return None
+    steps = max(1, min(STEPS, walk.walk, walk.batch * walk.groups * walk.units * walk.walk // (32 * _WARPS_WANTED)))
+    walk = dataclasses.replace(walk, min_blocks=_min_blocks(walk), steps=-(-walk.walk // -(-walk.walk // steps)))
     strips = walk.batch * walk.parts * walk.units
     lanes = 1 if channels_last else 32
     affordable = _PARTIAL_BYTES // (math.prod(geometry.weight_shape) * accumulator(dtype).itemsize)
@@ -77,6 +91,16 @@ def walk_weight_gradient_plan(geometry, dtype, channels_last):
     enough = min(_SLICE_PRODUCTS // (walk.steps * walk.pixels * walk.columns), strips // (lanes * wanted))
     least = -(-strips // (lanes * max(1, min(_SLICES, affordable))))
     return WalkWeightGradientPlan(walk, strips, lanes * max(1, enough, least))
+
+
+def _min_blocks(walk):
+    """Blocks for which there are registers, by the compiler's own count for Ampere, which is the largest."""
+    if walk.dtype == np.float64:
+        return 2
+    height, width = walk.height_axis, walk.width_axis
+    values = height.kernel * width.kernel + walk.pixels * walk.columns
+    values += height.extent(walk.pixels) * width.extent(walk.columns)
+    return max(1, int(512 // (48 + 8 * (walk.dtype.itemsize == 2) + 1.25 * values)))
 
 
 def launch(queue, plan, geometry, input, grad_output, partial):
@@ -113,7 +137,7 @@ def _kernel(arguments):
 def kernels():
     """Every instantiation of the examples, for the tests that compile them all; one stands for those in bfloat16."""
     for dtype in runtime.CPP_TYPES:
-        for example in EXAMPLES[:1] if dtype == bfloat16 else EXAMPLES:
+        for example in EXAMPLES[:1] if dtype == bfloat16 else (*TILE_EXAMPLES, *EXAMPLES):
             for channels_last in (False, True):
                 if plan := walk_weight_gradient_plan(Geometry.of(*example), dtype, channels_last):
                     yield _kernel(plan.walk.arguments)

@@ -119,14 +119,15 @@ def conv_transpose2d_gelu_group_norm_backward(
         saved, mean, rstd: what it stored.
         geometry: the convolution's `Geometry`.
         needs: which of the five gradients are wanted; the others are not computed.
-        outs: arrays for the results, or None.
+        outs: arrays for the results, or None; the last three contiguous.
 
     Returns:
         The five gradients; None for what is not needed.
     """
-    queue, grad_bias = queue_of(stream, grad_output=grad_output, saved=saved), outs[2] if needs[2] else None
-    if needs[2] and grad_bias is None:
-        grad_bias = queue.empty((geometry.out_channels,), saved.dtype)
+    queue = queue_of(stream, grad_output=grad_output, saved=saved)
+    grad_bias = None
+    if needs[2]:
+        grad_bias = outs[2] if outs[2] is not None else queue.empty((geometry.out_channels,), saved.dtype)
     grad_convolved, grad_norm_weight, grad_norm_bias = group_norm_backward(
         grad_output,
         saved,

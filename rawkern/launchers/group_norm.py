@@ -105,9 +105,9 @@ def group_norm_backward(
         input, weight, chain: as given to `group_norm`.
         mean, rstd: the statistics from there, float64, (N, num_groups).
         needs: which of the three gradients are wanted; the others are not computed.
-        grad_input, grad_weight, grad_bias: arrays for the results.
-        grad_input_sum: array (C,) for the sums of grad_input over all but the channels, the gradient of a bias that was
-            added to the input; None if they are not wanted. grad_input must be.
+        grad_input, grad_weight, grad_bias: arrays for the results; contiguous, but for grad_input.
+        grad_input_sum: contiguous array (C,) for the sums of grad_input over all but the channels, the gradient of a
+            bias that was added to the input; None if they are not wanted. grad_input must be.
 
     Returns:
         grad_input (of the layout of `input`), grad_weight, grad_bias; None for what is not needed.
