@@ -352,7 +352,8 @@ struct ChannelGradients {
 // grad_input = rstd * (a - D(a) - xh D(a xh)) * Pre'(input), with a = weight * g and D the mean over the group
 // (`means`); in the deviation d = Pre(input) - mean that is rstd * ((weight * g - D(a)) + slope * d), times Pre'. In
 // this order the products of 16-bit values and their difference from D(a) are exact in float. Unless `sums` is null,
-// sums[row][slot] = (sum of grad_input, 0), from which ChannelGradients makes the gradient of a bias added to the input.
+// sums[row][slot] = (sum of grad_input, 0), from which ChannelGradients makes the gradient of a bias added to the
+// input.
 template <class T, class Pre>
 struct GradInput {
   static constexpr int kThreads = 256, kMinBlocks = sizeof(T) == 8 ? 1 : 2;

@@ -1,5 +1,6 @@
 """What kernels may do and what they are told when they break the rules, on both devices and in both compilers."""
 
+import os
 import re
 import threading
 from pathlib import Path
@@ -283,6 +284,33 @@ def test_many_failing_launches_leave_memory_alone():
         with pytest.raises(runtime.EmulatorError):
             fault("SomeReturn", 63)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_kernels_share_what_the_emulator_runs_them_in(tmp_path):
+    """Hundreds of them, each a library of its own, would otherwise fill the memory with stacks and blocks."""
+    (tmp_path / "touch.cu").write_text(
+        """
+        #include "platform.cuh"
+        namespace rawkern {
+        template <int kNumber>
+        struct Touch {
+          struct Params { int* output; };
+          static constexpr int kThreads = 1024, kMinBlocks = 1;
+          __device__ static void run(const Params& p) {
+            __syncthreads();
+            p.output[threadIdx.x] = kNumber;
+          }
+        };
+        }
+        """
+    )
+    output, resident = np.zeros(1024, np.int32), []
+    for number in range(3):
+        params = runtime.params(("output", "u8"))
+        launch(runtime.Kernel("touch", "touch.cu", f"Touch<{number}>", 1024, params, folder=tmp_path), 1, output=output)
+        assert (output == number).all()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[2] - resident[1] < 2**20
 
 
 # What threads can do together.

@@ -1,13 +1,14 @@
 // Weight gradient of the transposed convolution for few channels per group:
 //     gw[ci, co, kh, kw] = sum over n, hi, wi of x[n, ci, hi, wi] gy[n, co, hi stride - padding + kh dilation, ...].
 //
-// Four kernels: for all shapes, and for one by multiply-adds (direct_walk_weight_gradient.cuh for depthwise convolutions,
-// direct_tile_weight_gradient.cuh) or on tensor cores (direct_matrix_weight_gradient.cuh). For all shapes:
-// A warp takes one weight and one slice of the rows of x (over all images), lanes along a row, and reads both operands
-// through the caches, where the warps of the other taps find them. No sum grows long, lest rounding grow with it:
-// each lane sums runs of kRun products and then the runs, lanes are combined in a tree, and the slices' partial sums,
-// [slice][group][tap][row][column], are added in order and in double by SumSlices (weight_gradient.cu): two runs agree
-// bit for bit. Any kernel, stride, dilation, layout and size from one compiled kernel. Meant for sm_80 and later.
+// Four kernels: for all shapes, and for one by multiply-adds (direct_walk_weight_gradient.cuh for depthwise
+// convolutions, direct_tile_weight_gradient.cuh) or on tensor cores (direct_matrix_weight_gradient.cuh). The one for
+// all shapes: a warp takes one weight and one slice of the rows of x (over all images), lanes along a row, and reads
+// both operands through the caches, where the warps of the other taps find them. No sum grows long, lest rounding grow
+// with it: each lane sums runs of kRun products and then the runs, lanes are combined in a tree, and the slices'
+// partial sums, [slice][group][tap][row][column], are added in order and in double by SumSlices (weight_gradient.cu):
+// two runs agree bit for bit. Any kernel, stride, dilation, layout and size from one compiled kernel. Meant for sm_80
+// and later.
 #include "axis.cuh"
 #include "direct_matrix_weight_gradient.cuh"
 #include "direct_tile_weight_gradient.cuh"

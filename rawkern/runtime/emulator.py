@@ -21,6 +21,8 @@ from .errors import CacheError, CompileError, EmulatorError
 
 _ERROR_BYTES = 1024
 _Error = ctypes.c_char * _ERROR_BYTES
+#: The process's FiberPool (cuda/include/cpu/fiber.h).
+_fiber_pool = (ctypes.c_void_p * 2)()
 
 
 class Emulator:
@@ -70,7 +72,7 @@ class Emulator:
         """Runs prepared launches one after the other."""
         error = _Error()
         for function, params, grid, shared_bytes in launches:
-            if function(params, grid, shared_bytes, workers(), error, _ERROR_BYTES):
+            if function(params, grid, shared_bytes, workers(), error, _ERROR_BYTES, _fiber_pool):
                 raise EmulatorError(error.value.decode())
 
     def _load(self, kernel):
@@ -95,6 +97,7 @@ class Emulator:
             ctypes.c_int,
             ctypes.c_char_p,
             ctypes.c_size_t,
+            ctypes.c_void_p,
         )
         function.restype = ctypes.c_int
         self._functions[kernel] = function

@@ -67,7 +67,6 @@ struct Thread {
   const void* awaited;  // what a thread in state kAtPhase waits for
   int copies;
   int group;  // of the next copy
-  Copy copy[kMaxCopies];
 };
 
 struct Warp {
@@ -118,10 +117,12 @@ struct Block {
   Fiber main;
   Fiber* free_fibers = nullptr;
   char error[512];
-  Block* next;  // in the list of idle blocks
+  Block* next;                         // in the list of idle blocks
+  Copy copy[kMaxThreads][kMaxCopies];  // memory for them only where they are
 };
 
 static thread_local Block* block;
+static FiberPool* fiber_pool;  // the process's, of which every launch brings the address
 
 inline void switch_to_main() { switch_fiber(block->thread[block->current].fiber, &block->main); }
 
@@ -201,7 +202,7 @@ inline Fiber* take_fiber() {
   Fiber* fiber = block->free_fibers;
   if (fiber)
     block->free_fibers = fiber->next;
-  else
+  else if (!(fiber = fiber_pool->take()))
     fiber = new_fiber();
   start_fiber(fiber, fiber_body);
   return fiber;
@@ -360,7 +361,7 @@ inline T& dynamic_shared(Place place) {
 inline void async_copy(void* destination, const void* source, int bytes, Place place) {
   Thread& thread = block->thread[block->current];
   if (thread.copies == kMaxCopies) fail("too many asynchronous copies under way", place);
-  thread.copy[thread.copies++] = Copy{destination, source, bytes, thread.group};
+  block->copy[block->current][thread.copies++] = Copy{destination, source, bytes, thread.group};
 }
 
 inline void async_commit() { ++block->thread[block->current].group; }
@@ -369,11 +370,12 @@ inline void async_commit() { ++block->thread[block->current].group; }
 // sees both ends.
 inline void async_wait(int groups) {
   Thread& thread = block->thread[block->current];
+  Copy* copies = block->copy[block->current];
   int kept = 0;
   for (int i = 0; i < thread.copies; ++i) {
-    const Copy& copy = thread.copy[i];
+    const Copy& copy = copies[i];
     if (copy.group >= thread.group - groups) {
-      thread.copy[kept++] = copy;
+      copies[kept++] = copy;
       continue;
     }
     for (int byte = 0; byte < copy.bytes; ++byte)
@@ -439,7 +441,9 @@ inline Block* take_block() {
   Block* b = idle_blocks;
   if (b) idle_blocks = b->next;
   pthread_mutex_unlock(&idle_mutex);
-  return b ? b : new Block();
+  // Zeros, which take no memory where they are not used: hundreds of kernels have blocks, most of them of few threads.
+  if (!b && !(b = static_cast<Block*>(calloc(1, sizeof(Block))))) abort();
+  return b;
 }
 
 inline void give_block(Block* b) {
@@ -471,13 +475,16 @@ inline void* work(void* argument) {
       break;
     }
   }
+  fiber_pool->give(block->free_fibers);
+  block->free_fibers = nullptr;
   give_block(block);
   block = nullptr;
   return nullptr;
 }
 
-inline int run(Launch launch, int workers) {
+inline int run(Launch launch, int workers, FiberPool* pool) {
   constexpr int kMaxWorkers = 256;
+  fiber_pool = pool;
   pthread_t helper[kMaxWorkers];
   launch.blocks = (unsigned long long)launch.grid.x * launch.grid.y * launch.grid.z;
   if (workers > kMaxWorkers) workers = kMaxWorkers;
@@ -605,13 +612,14 @@ inline int atomicMax(int* address, int value) {
 
 #define RAWKERN_SHARED(Type, name) Type& name = ::rawkern::emulator::static_shared<Type>()
 #define RAWKERN_DYNAMIC_SHARED(Type, name) Type& name = ::rawkern::emulator::dynamic_shared<Type>(RAWKERN_PLACE)
-#define RAWKERN_KERNEL(name, ...)                                                                                     \
-  extern "C" __attribute__((visibility("default"))) int rawkern_launch(                                               \
-      const void* params, const unsigned* grid, size_t dynamic_bytes, int workers, char* error, size_t error_bytes) { \
-    using Kernel = __VA_ARGS__;                                                                                       \
-    static_assert(Kernel::kThreads <= ::rawkern::emulator::kMaxThreads, "a block has at most 1024 threads");          \
-    return ::rawkern::emulator::run(::rawkern::emulator::Launch{#name, ::rawkern::emulator::body<Kernel>, params,     \
-                                                                uint3{grid[0], grid[1], grid[2]}, Kernel::kThreads,   \
-                                                                dynamic_bytes, 0, 0, error, error_bytes, 0},          \
-                                    workers);                                                                         \
+#define RAWKERN_KERNEL(name, ...)                                                                                      \
+  extern "C" __attribute__((visibility("default"))) int rawkern_launch(const void* params, const unsigned* grid,       \
+                                                                       size_t dynamic_bytes, int workers, char* error, \
+                                                                       size_t error_bytes, void* pool) {               \
+    using Kernel = __VA_ARGS__;                                                                                        \
+    static_assert(Kernel::kThreads <= ::rawkern::emulator::kMaxThreads, "a block has at most 1024 threads");           \
+    return ::rawkern::emulator::run(::rawkern::emulator::Launch{#name, ::rawkern::emulator::body<Kernel>, params,      \
+                                                                uint3{grid[0], grid[1], grid[2]}, Kernel::kThreads,    \
+                                                                dynamic_bytes, 0, 0, error, error_bytes, 0},           \
+                                    workers, static_cast<::rawkern::emulator::FiberPool*>(pool));                      \
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -123,6 +124,38 @@ inline void forget_stack(Fiber* fiber) {
   (void)fiber;
 #endif
 }
+
+// Fibers that nobody uses, for all kernels of the process: each kernel is a library of its own, and stacks that
+// hundreds of them kept would fill the memory. All zeros at first.
+struct FiberPool {
+  int locked;
+  Fiber* idle;
+
+  // One of them, or null.
+  Fiber* take() {
+    lock();
+    Fiber* fiber = idle;
+    if (fiber) idle = fiber->next;
+    unlock();
+    return fiber;
+  }
+  // Adds a list of fibers.
+  void give(Fiber* first) {
+    if (!first) return;
+    Fiber* last = first;
+    for (forget_stack(last); last->next; forget_stack(last)) last = last->next;
+    lock();
+    last->next = idle;
+    idle = first;
+    unlock();
+  }
+
+ private:
+  void lock() {
+    while (__atomic_exchange_n(&locked, 1, __ATOMIC_ACQUIRE)) sched_yield();
+  }
+  void unlock() { __atomic_store_n(&locked, 0, __ATOMIC_RELEASE); }
+};
 
 // Describes the OS thread's own stack, to which the fibers return.
 inline void adopt_thread_stack(Fiber* fiber) {
