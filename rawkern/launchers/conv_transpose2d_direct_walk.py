@@ -44,7 +44,7 @@ _REGISTERS, _MOST_REGISTERS = 88, 128
 #: Multiply-adds that are unrolled.
 _UNROLLED = 1024
 #: Steps of a thread, so that finding its place is soon paid for; and threads from which on there are enough for that.
-STEPS = 32
+_STEPS = 32
 _THREADS_WANTED = 1 << 19
 
 
@@ -119,7 +119,6 @@ def walk_plan(geometry, dtype, transposed, channels_last):
     units = -(-size[1] // columns)
     walk = -(-(size[0] + lead_h) // pixels)
     threads = geometry.batch * geometry.groups * rows * units
-    steps = max(1, min(STEPS, walk, threads * walk // _THREADS_WANTED))
     return DirectWalkPlan(
         transposed=transposed,
         dtype=dtype,
@@ -129,7 +128,7 @@ def walk_plan(geometry, dtype, transposed, channels_last):
         columns=columns,
         lead=lead,
         channels_last=channels_last,
-        min_blocks=_min_blocks(dtype, values),
+        min_blocks=min_blocks(dtype, values),
         batch=geometry.batch,
         groups=geometry.groups,
         depth=depth,
@@ -138,7 +137,7 @@ def walk_plan(geometry, dtype, transposed, channels_last):
         width=geometry.axis(1, transposed),
         units=units,
         walk=walk,
-        steps=-(-walk // -(-walk // steps)),
+        steps=steps_of(walk, threads, _THREADS_WANTED),
     )
 
 
@@ -171,8 +170,14 @@ def _pixels(height, width, columns, lead, out_height, words):
     return None, None
 
 
-def _min_blocks(dtype, values):
+def steps_of(walk, threads, wanted):
+    """Steps of a thread, of a walk that so many threads would do alone: fewer where more are wanted, each as many."""
+    steps = max(1, min(_STEPS, walk, threads * walk // wanted))
+    return -(-walk // -(-walk // steps))
+
+
+def min_blocks(dtype, values):
     """Blocks for which there are registers, by the compiler's own count for some dozens of examples."""
     if dtype == np.float64:
         return 2  # a chain's functions take many more
-    return max(1, 512 // (48 + 8 * (dtype.itemsize == 2) + values))
+    return max(1, int(512 // (48 + 8 * (dtype.itemsize == 2) + values)))

@@ -5,12 +5,10 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from .. import runtime
 from ..runtime import Kernel, accumulator, bfloat16, element_strides, pointer
 from .conv_transpose2d_direct_tile import EXAMPLES as TILE_EXAMPLES
-from .conv_transpose2d_direct_walk import STEPS, THREADS, DirectWalkPlan, walk_plan
+from .conv_transpose2d_direct_walk import THREADS, DirectWalkPlan, min_blocks, steps_of, walk_plan
 from .geometry import Geometry
 
 _PARAMS = runtime.params(
@@ -82,8 +80,8 @@ def walk_weight_gradient_plan(geometry, dtype, channels_last):
     walk = walk_plan(geometry, dtype, False, channels_last)
     if walk is None or walk.rows > 1 or (channels_last and walk.groups < _FEWEST_LANES * _warps(walk)):
         return None
-    steps = max(1, min(STEPS, walk.walk, walk.batch * walk.groups * walk.units * walk.walk // (32 * _WARPS_WANTED)))
-    walk = dataclasses.replace(walk, min_blocks=_min_blocks(walk), steps=-(-walk.walk // -(-walk.walk // steps)))
+    steps = steps_of(walk.walk, walk.batch * walk.groups * walk.units, 32 * _WARPS_WANTED)
+    walk = dataclasses.replace(walk, min_blocks=_min_blocks(walk), steps=steps)
     strips = walk.batch * walk.parts * walk.units
     lanes = 1 if channels_last else 32
     affordable = _PARTIAL_BYTES // (math.prod(geometry.weight_shape) * accumulator(dtype).itemsize)
@@ -94,13 +92,11 @@ def walk_weight_gradient_plan(geometry, dtype, channels_last):
 
 
 def _min_blocks(walk):
-    """Blocks for which there are registers, by the compiler's own count for Ampere, which is the largest."""
-    if walk.dtype == np.float64:
-        return 2
+    """Blocks for which there are registers: a quarter more than values, by the compiler's count for Ampere."""
     height, width = walk.height_axis, walk.width_axis
     values = height.kernel * width.kernel + walk.pixels * walk.columns
     values += height.extent(walk.pixels) * width.extent(walk.columns)
-    return max(1, int(512 // (48 + 8 * (walk.dtype.itemsize == 2) + 1.25 * values)))
+    return min_blocks(walk.dtype, 1.25 * values)
 
 
 def launch(queue, plan, geometry, input, grad_output, partial):
